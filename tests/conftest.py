@@ -1,0 +1,48 @@
+"""What all tests share: the import path, quiet single-threaded libraries, a deterministic hypothesis, a small corpus."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Libraries read these when they are imported, so they are set before anything else is. Child processes inherit them.
+os.environ.update(OMP_NUM_THREADS="1", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repo", derandomize=True, deadline=None, max_examples=25,
+                                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(scope="session")
+def demo_prepare():
+    """data/demo/prepare.py as a module (its folder is no package)."""
+    spec = importlib.util.spec_from_file_location("demo_prepare", ROOT / "data" / "demo" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def demo_corpus(tmp_path_factory):
+    """48 training and 16 held-out utterances, made by the real command. Shared: copy it before you write into it."""
+    out = tmp_path_factory.mktemp("demo") / "demo_bigvgan"
+    command = [sys.executable, "data/demo/prepare.py", "--out", str(out), "--train", "48", "--held-out", "16"]
+    result = subprocess.run([*command, "--workers", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def run_sh():
+    """run.sh, where it would start at once; None elsewhere, where it would first install packages from the network."""
+    want = subprocess.run("cat requirements.txt <(sed -n 's/^bigvgan=\"\\(.*\\)\"$/\\1/p' run.sh) | cksum", shell=True,
+                          executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    marker = ROOT / ".venv" / "installed"
+    return "./run.sh" if marker.exists() and marker.read_text() == want else None
