@@ -21,7 +21,7 @@ from config import Config, UserError
 from data import Corpus, TrainingSteps
 from model import TTS
 from sample import read_checkpoint
-from train import averaged, lr_factor, make_optimizers, update_ema, validation_loss
+from train import Muon, averaged, lr_factor, make_optimizers, orthogonal, update_ema, validation_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 # 48 training utterances: an epoch of 3 steps. Logs, validation and checkpoints fall on different steps.
@@ -503,6 +503,24 @@ def test_muon_gets_the_blocks_matrices_and_adamw_the_rest():
     assert all(".block" in names[i] for i in muon)
     assert {names[i] for i in adamw} >= {"text_encoder.shared.weight", "decoder.inp.weight", "decoder.out.weight",
                                          "decoder.modulation.weight", "text_proj.weight"}
+
+
+def test_muon_steps_as_torchs_does():
+    """Tall, wide and square matrices together; torch's own goes through bfloat16, hence the tolerance."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 16), (16, 32), (16, 16), (32, 16), (8, 8))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    pairs = [(Muon(ours, 0.1, 0.05, 0.9), ours),
+             (torch.optim.Muon(theirs, 0.1, 0.05, 0.9, adjust_lr_fn="match_rms_adamw"), theirs)]
+    for step in range(3):
+        for optimizer, weights in pairs:
+            for n, p in enumerate(weights):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + n))
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.01)  # of updates of 0.02 a weight and step
+    values = torch.linalg.svdvals(orthogonal(torch.randn(4, 16, 48)))
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_validation_repeats_and_does_not_depend_on_the_batch_size(demo_corpus):
