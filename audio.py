@@ -3,10 +3,12 @@
     python audio.py in.wav --out copy.wav [--vocoder bigvgan|griffinlim] [--model FOLDER]   # a vocoder's copy of a file
 """
 import argparse
+import contextlib
 import functools
 import io
 import os
 import struct
+import sys
 import time
 
 import numpy as np
@@ -80,6 +82,47 @@ def write_wav(path, wav: np.ndarray, sample_rate: int) -> None:
     finally:
         if os.path.isfile(tmp):
             os.remove(tmp)
+
+
+@contextlib.contextmanager
+def wav_stream(path: str, sample_rate: int):
+    """A wav of any length, written as it is made: within this, the value is a function that appends samples (n,).
+
+    16-bit PCM, clipped to [-1, 1], to a file that gets its name when it is whole, or to a pipe with the path "-": there the
+    header cannot know the length and says the most it can, as other programs' do. Raises UserError.
+    """
+    def header(size):
+        size = min(size, 0xFFFFFFFF - 36)
+        return struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", size + 36, b"WAVEfmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2,
+                           16, b"data", size)
+
+    def append(wav):
+        if not np.isfinite(wav).all():
+            raise UserError("the sound is not finite; the model has diverged or its weights are damaged")
+        f.write((np.clip(wav, -1, 1) * 32767).round().astype("<i2").tobytes())
+        if pipe:
+            f.flush()  # whoever listens need not wait for more
+    pipe, tmp = path == "-", f"{path}.tmp"
+    try:
+        f = os.fdopen(os.dup(sys.stdout.fileno()), "wb") if pipe else open(tmp, "wb")
+        try:
+            with f:
+                f.write(header(0xFFFFFFFF))
+                yield append
+                if not pipe:
+                    size = f.tell() - 44
+                    f.seek(0)
+                    f.write(header(size))
+            if not pipe:
+                os.replace(tmp, path)
+        finally:
+            if not pipe and os.path.isfile(tmp):
+                os.remove(tmp)
+    except BrokenPipeError:
+        raise UserError("the program that reads this sound has closed the pipe") from None
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; name a file in a folder that exists and has "
+                        "room") from None
 
 
 # --- log-mel

@@ -10,7 +10,6 @@ DIR gets 000000.wav …, pictures of log-mels and alignment, wer.jsonl (a line a
 """
 import dataclasses
 import gc
-import io
 import json
 import os
 import time
@@ -24,14 +23,15 @@ import torch
 import torch.distributed as dist
 
 import audio
+from checkpoint import load_checkpoint
 from config import Config, UserError, first_line, from_flags, run_cli, split_flags
 from data import Corpus
 from eval import ctc
 from eval.measures import alignment_scores, figures, interval, markdown, mel_cepstral_distortion, rate_draws
-from eval.page import write_page
+from eval.page import draw, write_page, write_text
 from metric import warn
 from model import TTS
-from sample import load_checkpoint, pick_device, sample
+from sample import pick_device, sample
 
 WHISPER_RATE = 16000
 COPIES = 8  # in training, the vocoder's copies of so many recordings: enough to hear what is the vocoder's fault
@@ -222,32 +222,6 @@ def read_recording(folder: str | None, utt_id: str | None, cfg: Config) -> np.nd
     """<utt_id>.wav of a folder at cfg.sample_rate; None where there is none. Raises AudioError for a broken one."""
     path = os.path.join(folder, f"{utt_id}.wav") if folder and utt_id else ""
     return audio.read_wav(path, cfg.sample_rate) if os.path.isfile(path) else None
-
-
-def draw(path: Path, values: np.ndarray, cfg: Config) -> str:
-    """Write values (time, height) as a picture, a pixel each, low ones at the bottom; returns its name. Raises UserError."""
-    from matplotlib.image import imsave
-    mel = path.stem.endswith("mel")  # all log-mels share their colours, so that pictures compare
-    low, high = (cfg.mel_mean - 2 * cfg.mel_std, cfg.mel_mean + 3 * cfg.mel_std) if mel else (0, None)
-    png = io.BytesIO()
-    imsave(png, values.T, vmin=low, vmax=high, cmap="magma" if mel else "viridis", origin="lower", format="png")
-    write_bytes(path, png.getvalue())
-    return path.name
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises UserError."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    except OSError as e:
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
 
 
 # --- two evaluations

@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluator
 from audio import load_vocoder
+from checkpoint import read_checkpoint
 from config import Config, UserError, first_line, load_config, run_cli, to_yaml
 from data import Corpus, TrainingSteps, collate, training_loader
-from eval.page import write_run_page
+from eval.page import write_run_page, write_text
 from metric import Metrics, peak_memory, provenance, tell, warn
 from model import TTS, autocast, parameter_table
-from sample import read_checkpoint
 
 VALIDATION_EPOCH = 2**31  # an epoch that training never reaches: noise and times of its own, always the same
 
@@ -354,7 +354,7 @@ def main(argv: list[str]) -> None:
     metrics, logged = None, set()
     if rank == 0:
         try:
-            evaluator.write_text(out / "config.yaml", to_yaml(cfg))
+            write_text(out / "config.yaml", to_yaml(cfg))
             metrics = Metrics(cfg, step)
             metrics.record_start(provenance(cfg, step, world, device, fingerprint)
                                  | {"steps_per_epoch": steps.steps_per_epoch})
@@ -417,7 +417,8 @@ def main(argv: list[str]) -> None:
                 dist.all_reduce(total)
             if rank == 0:
                 rest = {"train_seconds": train_seconds, "skipped": skipped, "skipped_in_a_row": in_a_row,
-                        "window": window | {"sums": total.tolist()}, "corpus": fingerprint}
+                        "window": window | {"sums": total.tolist()}, "corpus": fingerprint,
+                        "characters": corpus.stats.get("characters", "")}
                 saved = metrics.attempt("the checkpoint", save_checkpoint, cfg, model, optimizers, ema, step, rest)
             tried_step = step
         if eval_due:
@@ -524,7 +525,7 @@ def main(argv: list[str]) -> None:
     if world > 1:
         dist.destroy_process_group()
         # Gloo's threads outlive that (torch 2.13), and one that lets go of a tensor while Python is torn down aborts its
-        # process: "terminate called without an active exception", one in some hundred runs. All is written, so leave at once.
+        # process: "terminate called without an active exception", in one run of hundreds. All is written, so leave at once.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -7,6 +7,7 @@ An index.html opens from disk, without server or network. Sounds and pictures ar
 can be moved whole. Training and the evaluator write the pages as they go.
 """
 import functools
+import io
 import json
 import math
 import os
@@ -17,10 +18,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import jinja2
+import numpy as np
 from rapidfuzz.distance import Levenshtein  # comes with jiwer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import UserError, run_cli  # noqa: E402
+from config import Config, UserError, run_cli  # noqa: E402
 from metric import read_metrics, warn  # noqa: E402
 
 COLUMNS = {"idx": "#", "reference": "Text", "wer": "WER", "cer": "CER", "predicted_seconds": "Predicted, s",
@@ -171,7 +173,7 @@ def headline(summary: dict) -> list[dict]:
     """The numbers at the head of a page, each as text: its name, value, 95 % interval, and notes such as its floors."""
     judge = summary.get("judge_floor") or {}
     tiles = []
-    for key, name in (("wer", "WER"), ("cer", "CER")):
+    for key, name in (("wer", "WER"), ("cer", "CER")) if number(summary.get("wer")) is not None else ():
         floors = {"vocoder copy": summary.get(f"vocoded_{key}"), "recording": summary.get(f"recording_{key}"),
                   "judge on recordings": judge.get(key) if isinstance(judge, dict) else None}
         tiles.append({"name": name, "value": percent(summary.get(key)),
@@ -187,6 +189,51 @@ def headline(summary: dict) -> list[dict]:
                           "notes": [note.format(summary[k]) for k, note in beside.items()
                                     if number(summary.get(k)) is not None]})
     return tiles
+
+
+# --- files
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises UserError."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        tmp.write_bytes(data)
+        os.replace(tmp, path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+
+
+def draw(path: Path, values: np.ndarray, cfg: Config) -> str:
+    """Write values (time, height) as a picture, a pixel each, low ones at the bottom; returns its name. Raises UserError."""
+    from matplotlib.image import imsave
+    mel = path.stem.endswith("mel")  # all log-mels share their colours, so that pictures compare
+    low, high = (cfg.mel_mean - 2 * cfg.mel_std, cfg.mel_mean + 3 * cfg.mel_std) if mel else (0, None)
+    png = io.BytesIO()
+    imsave(png, values.T, vmin=low, vmax=high, cmap="magma" if mel else "viridis", origin="lower", format="png")
+    write_bytes(path, png.getvalue())
+    return path.name
+
+
+def draw_mel(mel: np.ndarray, cfg: Config) -> bytes:
+    """A log-mel (frames, n_mels) as a PNG with axes: seconds, and the middle of each band in Hz."""
+    from librosa import mel_frequencies
+    from matplotlib.figure import Figure
+    seconds = len(mel) * cfg.hop_length / cfg.sample_rate
+    figure = Figure(figsize=(min(24, 2 + 1.6 * seconds), 3), layout="constrained")
+    ax = figure.add_subplot(xlabel="seconds", ylabel="Hz")
+    ax.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, -0.5, cfg.n_mels - 0.5),
+              vmin=cfg.mel_mean - 2 * cfg.mel_std, vmax=cfg.mel_mean + 3 * cfg.mel_std)
+    ticks = np.linspace(0, cfg.n_mels - 1, 6).round().astype(int)
+    hertz = mel_frequencies(cfg.n_mels + 2, fmin=cfg.f_min, fmax=cfg.f_max)[1:-1]
+    ax.set_yticks(ticks, [f"{hertz[n]:.0f}" for n in ticks])
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
 
 
 # --- numbers as text

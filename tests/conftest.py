@@ -1,8 +1,10 @@
 """What all tests share: the import path, quiet single-threaded libraries, a deterministic hypothesis, a small corpus."""
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Libraries read these when they are imported, so they are set before anything else is. Child processes inherit them.
@@ -46,3 +48,25 @@ def run_sh():
                           executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, check=True).stdout
     marker = ROOT / ".venv" / "installed"
     return "./run.sh" if marker.exists() and marker.read_text() == want else None
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless Chromium, driven by selenium; the test is skipped where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    if not all(found.values()):
+        pytest.skip("no Chromium with its driver here; on Debian: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = found["chromium"]
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    profile = tempfile.mkdtemp()
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", "disable-dev-shm-usage", "mute-audio", "window-size=1200,900",
+                 "autoplay-policy=no-user-gesture-required", f"user-data-dir={profile}"):
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found["chromedriver"]))
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+    shutil.rmtree(profile, ignore_errors=True)

@@ -283,8 +283,8 @@ def read_lines(run: Path) -> dict[tuple, dict]:
 
 def read_run(run: Path, may_be_writing: bool = True) -> int:
     """Check the folder of a run; the step of its latest.pt, 0 if there is none. Raises Violation."""
+    from checkpoint import read_checkpoint
     from config import UserError
-    from sample import read_checkpoint
     names = sorted(os.listdir(run)) if run.exists() else []
     temporary = [n for n in names if n.endswith(".tmp")]
     check(len(temporary) <= may_be_writing, f"temporary files are left over: {names}")
@@ -306,7 +306,7 @@ def read_run(run: Path, may_be_writing: bool = True) -> int:
 
 def soak_training(folder: Path, kills: int, rng: random.Random, quick: bool) -> str:
     """Kill a training run; returns what there is to say about it. Raises Violation."""
-    from sample import read_checkpoint
+    from checkpoint import read_checkpoint
     corpus, steps, width = folder / "corpus", 16 if quick else 5 * kills, 32 if quick else 128
     Program(["data/demo/prepare.py", "--out", str(corpus), "--train", "16", "--held-out", "8", "--workers", "1"], quick).finish()
 

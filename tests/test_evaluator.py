@@ -87,7 +87,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 from evaluator import evaluate, load_prompts
-from sample import load_checkpoint
+from checkpoint import load_checkpoint
 dist.init_process_group("gloo")
 model, _ = load_checkpoint({str(tmp_path / 'c.pt')!r}, torch.device("cpu"))
 evaluate(model, model.cfg, load_prompts(model.cfg, None), {str(tmp_path / 'two')!r}, torch.device("cpu"), 3, "c",

@@ -3,7 +3,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -177,27 +176,6 @@ def test_the_command_line(tmp_path):
 
 
 # --- in a browser
-
-@pytest.fixture(scope="module")
-def chromium():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if not all(found.values()):
-        pytest.skip("no Chromium with its driver here; on Debian: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = found["chromium"]
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    profile = tempfile.mkdtemp()
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "disable-dev-shm-usage", "mute-audio", "window-size=1200,900",
-                 "autoplay-policy=no-user-gesture-required", f"user-data-dir={profile}"):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found["chromedriver"]))
-    driver.set_script_timeout(120)
-    yield driver
-    driver.quit()
-    shutil.rmtree(profile, ignore_errors=True)
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

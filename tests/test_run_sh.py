@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 import train
-from sample import read_checkpoint
+from checkpoint import read_checkpoint
 
 SMALL = ("--config configs/demo.yaml --gpus 0 --width 32 --heads 2 --layers 2 --text_encoder_width 32 "
          "--text_encoder_heads 2 --text_encoder_layers 1 --effective_batch_size 8 --batch_size 8 --log_interval 1 "

@@ -1,11 +1,14 @@
 """The sampler, its command line, and the checkpoints it reads."""
 import copy
 import dataclasses
+import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_model import small_model
 
+import audio
 import evaluator
+from checkpoint import export, load_checkpoint, read_checkpoint
 from config import UserError, from_flags
-from sample import export, load_checkpoint, pick_device, read_checkpoint, sample, text_noise
+from sample import CUT, PARAGRAPH, SENTENCE, cut, pick_device, read_pieces, read_sentences, sample, text_noise
 from sample import main as sample_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,13 +127,114 @@ def test_command_line_refuses(checkpoint, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no checkpoint" in done.stderr
 
 
-def test_command_line_wants_to_speak_or_to_export(checkpoint, tmp_path):
-    one, whole = ["--ckpt", str(checkpoint)], ["--text", "a", "--out", str(tmp_path / "x.wav")]
-    for flags in ([], whole[:2], whole[2:], ["--export", str(tmp_path / "v"), *whole], ["--export", str(tmp_path / "v"), *whole[:2]],
-                  ["--export", str(tmp_path / "v"), *whole[2:]]):
-        with pytest.raises(UserError, match="--text and --out, to speak, or --export alone"):
-            sample_main(one + flags)
-    assert not list(tmp_path.iterdir())
+def test_command_line_wants_to_do_one_thing(checkpoint, tmp_path, monkeypatch):
+    text, out, export_to = ["--text", "a"], ["--out", str(tmp_path / "x.wav")], ["--export", str(tmp_path / "v")]
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a\n")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    for flags, complaint in (
+            ([], "expected --out with --text"), (text, "expected --out with --text"), (out, "nothing to say: give --text"),
+            ([*text, *out, "--file", str(lines)], "expected --out with --text"), (export_to + text + out, "each go without"),
+            (export_to + text, "each go without"), (export_to + out, "each go without"), ([*export_to, "--serve"], "each go without"),
+            (["--serve", *out], "each go without"), ([*text, *out, "--num_samples", "0"], "--num_samples 0: expected 1 or more"),
+            ([*text, "--out", "-", "--num-samples", "2"], "expected 1 or more, and 1 where"),
+            (["--file", str(lines), "--out", "-"], "goes without --out -"), (["--file", str(lines), *out, "--plot"], "and --plot"),
+            ([*text, "--out", "-", "--plot"], "needs a name"), ([*text, *out, "--speed", "0"], "speed = 0"),
+            (["--file", str(tmp_path / "none"), *out], "cannot read --file"), (["--text", " ", *out], "nothing to say in ' '")):
+        with pytest.raises(UserError, match=complaint):
+            sample_main(["--ckpt", str(checkpoint), *flags])
+    assert os.listdir(tmp_path) == ["lines.txt"]
+
+
+# --- long texts
+
+BOOK = ("Mr. Smith went home at 5 p.m. on foot. He said: \"Stop it!\" Then he left... Did he?\n\nA new paragraph. It is short, "
+        "in a line\nthat goes on. — Ünïcode, too! No end")
+
+
+@given(cuts=st.lists(st.integers(0, len(BOOK)), max_size=8).map(sorted))
+def test_sentences_do_not_depend_on_how_the_text_comes(cuts):
+    parts = [BOOK[a:b] for a, b in zip([0, *cuts], [*cuts, len(BOOK)])]
+    assert list(read_sentences(parts)) == [
+        ("Mr. Smith went home at 5 p.m. on foot.", SENTENCE), ('He said: "Stop it!"', SENTENCE), ("Then he left...", SENTENCE),
+        ("Did he?", PARAGRAPH), ("A new paragraph.", SENTENCE), ("It is short, in a line that goes on.", SENTENCE),
+        ("— Ünïcode, too!", SENTENCE), ("No end", SENTENCE)]
+
+
+def test_a_text_without_end_is_read_as_it_comes():
+    endless = read_sentences(itertools.repeat("One more sentence. And "))
+    assert [next(endless)[0] for _ in range(500)][-1] == "And One more sentence."
+    unbroken = read_sentences(itertools.repeat("word " * 100))  # which never comes to the end of a sentence
+    assert 60_000 < len(next(unbroken)[0]) < 70_000
+
+
+@given(text=st.text(alphabet="ab ,;–é😀", min_size=1, max_size=60), most=st.integers(1, 12))
+def test_what_is_too_long_is_cut_and_nothing_is_lost(text, most):
+    parts = cut(text, lambda part: len(part.encode()) <= most + 4)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert all(len(part.encode()) <= most + 4 or len(part) == 1 for part in parts)
+
+
+def test_cuts_are_behind_clauses_then_between_words():
+    assert cut("one two, three four", lambda part: len(part) < 15) == ["one two,", "three four"]
+    assert cut("one two three four", lambda part: len(part) < 15) == ["one two", "three four"]
+
+
+def test_long_texts_become_one_wav_of_pieces_and_pauses(model, checkpoint, tmp_path, monkeypatch, capsys):
+    """Each piece sounds as it does alone; a sentence too long for the text encoder is cut, and takes differ by their seeds."""
+    flags = ["--ckpt", str(checkpoint), "--steps", "1", "--vocoder", "griffinlim", "--device", "cpu"]
+    text = "One short line. Two!\n\n" + "word " * 60 + "end."
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    sample_main([*flags, "--out", str(tmp_path / "x.wav"), "--num-samples", "2", "--plot"])
+    pieces = list(read_pieces(model, read_sentences([text]), 1.0))
+    assert " ".join(piece.text for piece in pieces).split() == text.split()
+    assert [piece.pause for piece in pieces] == [SENTENCE, PARAGRAPH, *[CUT] * (len(pieces) - 3), SENTENCE] and len(pieces) > 3
+    for take in (0, 1):
+        expected = []
+        for piece in pieces:
+            mel, = sample(model, [piece.text], steps=1, seed=take)
+            expected += [audio.griffin_lim(mel, model.cfg), np.zeros(round(piece.pause * 22050))]
+        wav, _ = soundfile.read(tmp_path / f"x_{take}.wav", dtype="float32")
+        np.testing.assert_allclose(wav, np.concatenate(expected[:-1]).clip(-1, 1), atol=2e-3)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and "real-time factor" in capsys.readouterr().out
+    sample_main([*flags, "--out", str(tmp_path / "fast.wav"), "--text", "One short line.", "--speed", "2"])
+    assert soundfile.info(tmp_path / "fast.wav").frames == pytest.approx(len(sample(model, ["One short line."], steps=1)[0]) * 128, abs=256)
+
+
+def test_a_pipe_gets_a_wav_and_nothing_else(checkpoint):
+    done = subprocess.run([sys.executable, "sample.py", "--ckpt", str(checkpoint), "--out", "-", "--steps", "1", "--device", "cpu"],
+                          cwd=ROOT, input=b"One. Two.", capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"real-time factor" in done.stderr
+    wav, rate = soundfile.read(io.BytesIO(done.stdout))
+    assert rate == 22050 and len(wav) > SENTENCE * rate and np.abs(wav).max() > 0
+
+
+def test_a_reader_that_goes_away_is_one_line(checkpoint):
+    reader = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.buffer.read(60)"], stdin=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "sample.py", "--ckpt", str(checkpoint), "--out", "-", "--text", "One. " * 50, "--steps", "1",
+                           "--device", "cpu"], cwd=ROOT, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, timeout=120)
+    reader.stdin.close()
+    reader.wait()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "closed the pipe" in done.stderr
+
+
+def test_a_file_of_lines_becomes_numbered_wavs_and_a_page(checkpoint, tmp_path, capsys):
+    ckpt = torch.load(checkpoint, weights_only=True) | {"characters": "Onet .woTrhi"}
+    torch.save(ckpt, tmp_path / "c.pt")
+    (tmp_path / "lines.txt").write_text("One. Two.\n\n  Three <b>é</b>\né\n", encoding="utf-8")
+    sample_main(["--ckpt", str(tmp_path / "c.pt"), "--file", str(tmp_path / "lines.txt"), "--out", str(tmp_path / "out"), "--steps", "1",
+                 "--device", "cpu"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        [f"{n:06d}{end}" for n in range(3) for end in (".wav", "_mel.png")] + ["index.html", "summary.json", "wer.jsonl"])
+    html = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "Three &lt;b&gt;é&lt;/b&gt;" in html and "000002.wav" in html and "WER</th" not in html and "tiles" in html
+    rows = [json.loads(line) for line in (tmp_path / "out" / "wer.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert soundfile.info(tmp_path / "out" / row["audio"]).duration == pytest.approx(row["predicted_seconds"])
+    said = capsys.readouterr().out
+    assert said.count("have no '/' '<' '>' 'b' 'é';") == 1 and said.count("warning") == 1
+
+
 
 
 # --- folders for sharing

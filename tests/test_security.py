@@ -28,11 +28,11 @@ import audio
 import config
 import evaluator
 import train
+from checkpoint import export, load_checkpoint, read_checkpoint
 from config import REFUSED, Config, UserError
-from eval import ctc
+from eval import ctc, page
 from metric import read_metrics
 from model import TTS, load_text_encoder
-from sample import export, load_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 FUZZ = settings(suppress_health_check=list(HealthCheck))  # of which one minds a machine that is busy
@@ -570,7 +570,7 @@ def test_an_evaluation_on_a_full_disk(model, tmp_path):
         evaluator.evaluate(model, cfg, [evaluator.Prompt("one prompt")], tmp_path / "e", torch.device("cpu"), 1, "c")
     assert os.listdir(tmp_path / "e") == []
     with full_disk(100), pytest.raises(UserError, match="cannot write .*wer.jsonl"):
-        evaluator.write_text(tmp_path / "e" / "wer.jsonl", "x" * 200)
+        page.write_text(tmp_path / "e" / "wer.jsonl", "x" * 200)
     assert os.listdir(tmp_path / "e") == []
     (tmp_path / "file").touch()
     for bad in (tmp_path / "file", tmp_path / "file" / "e"):
@@ -584,14 +584,14 @@ def test_what_is_killed_before_its_end_leaves_nothing_under_the_final_name(check
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import numpy, pathlib, audio, sample
+import numpy, pathlib, audio, checkpoint
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 os.replace = os.rename = pathlib.Path.rename = die
 if {write!r} == "wav":
     audio.write_wav({str(tmp_path / "out")!r}, numpy.zeros(50000), 22050)
 else:
-    sample.export(sample.load_checkpoint({str(checkpoint)!r}, "cpu")[0], 3, {str(tmp_path / "out")!r})
+    checkpoint.export(checkpoint.load_checkpoint({str(checkpoint)!r}, "cpu")[0], 3, {str(tmp_path / "out")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=120)
     assert done.returncode == -9 and not (tmp_path / "out").exists()

@@ -17,10 +17,10 @@ import torch
 import data
 import evaluator
 import train
+from checkpoint import read_checkpoint
 from config import Config, UserError
 from data import Corpus, TrainingSteps
 from model import TTS
-from sample import read_checkpoint
 from train import Muon, averaged, lr_factor, make_optimizers, orthogonal, update_ema, validation_loss
 
 ROOT = Path(__file__).resolve().parents[1]
