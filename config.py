@@ -92,6 +92,7 @@ class Config:
     text_encoder_width: int = 192  # the next three are for "random" only
     text_encoder_layers: int = 2
     text_encoder_heads: int = 3
+    text_blocks: int = 3  # convolutions over the encoder's features that always train; 0: none (the baseline's)
 
     # --- mel decoder
     width: int = 1024
@@ -100,8 +101,11 @@ class Config:
     patch: int = 1  # mel frames a position of the decoder: 2 halves the sequence, and with it most of the cost
     mlp_ratio: float = 8 / 3  # SwiGLU's hidden width over width, rounded up to a multiple of 32
     time_conditioning: str = "adaln"  # adaln | additive (the baseline's)
-    # Where a token sits for cross-attention's rotary positions: durations (the middle of its predicted share of the
-    # time) | normalized (n / N, arXiv 2509.11084) | absolute (n, with frames counted too; the baseline's)
+    # Learn which token each position says, by monotonic alignment search (arXiv 2005.11129), give the decoder that token's
+    # features, and teach the duration predictor each token's share of the time. Off: the baseline's
+    align: bool = True
+    # Where a token sits for cross-attention's rotary positions: durations (the middle of its share of the time) |
+    # normalized (n / N, arXiv 2509.11084) | absolute (n, with frames counted too; the baseline's)
     cross_rope: str = "durations"
     rope_gamma: float = 60.0  # for the first two: the end of the utterance turns by so many radians
     self_rope: bool = True  # rotary positions in self-attention
@@ -113,6 +117,7 @@ class Config:
     timestep_logit_std: float = 1.0  # the words are decided
     text_condition_dropout: float = 0.1  # chance that a sample trains without its text, for guidance
     duration_loss_weight: float = 0.1
+    align_loss_weight: float = 1.0
 
     # --- optimisation
     effective_batch_size: int = 64  # utterances an optimiser step, over all ranks and accumulation steps
@@ -173,9 +178,9 @@ POSITIVE = ("nproc block_size sample_rate n_fft hop_length win_length n_mels f_m
             "effective_batch_size batch_size max_steps max_skipped_steps learning_rate adamw_learning_rate log_interval "
             "val_num_samples keep_checkpoints eval_num_samples eval_steps eval_batch_size").split()
 PROBABILITY = "silence_prob text_condition_dropout min_lr_ratio ema_decay muon_momentum".split()
-NOT_NEGATIVE = ("seed gpus loader_workers max_silence_sec overfit_first_n_samples f_min duration_loss_weight max_epochs "
-                "max_train_seconds weight_decay warmup_steps grad_clip val_interval checkpoint_interval "
-                "eval_interval eval_cfg_scale").split()
+NOT_NEGATIVE = ("seed gpus loader_workers max_silence_sec overfit_first_n_samples f_min duration_loss_weight "
+                "align_loss_weight text_blocks max_epochs max_train_seconds weight_decay warmup_steps grad_clip "
+                "val_interval checkpoint_interval eval_interval eval_cfg_scale").split()
 
 
 def field_name(key: str, where: str) -> str:

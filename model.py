@@ -17,6 +17,8 @@ from config import Config, UserError, first_line, load_config, run_cli
 TIME_FREQUENCIES = 128
 T5_TOKENS = 1024  # ByT5 was trained on texts as long; its relative positions know no end, but what lies beyond is babble
 SECONDS_PER_TOKEN = 0.06  # where the duration predictor starts: about right for English, a byte a token
+NEIGHBOURS = 2  # tokens on either side that a text block sees
+DIAGONAL = 1.0  # how strongly a search leans towards the straight line, which decides while the model knows nothing
 
 
 # --- text encoder
@@ -125,6 +127,21 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
+class TextBlock(nn.Module):
+    """Each token with its neighbours: a letter's sound lies in them. A convolution as a matrix, so that Muon trains it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.conv = nn.Linear((2 * NEIGHBOURS + 1) * width, width)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, mask):
+        """x (B, L, D), mask (B, L) -> (B, L, D)."""
+        h = F.pad(self.norm(x) * mask[..., None], (0, 0, NEIGHBOURS, NEIGHBOURS))
+        return x + self.out(F.gelu(self.conv(h.unfold(1, 2 * NEIGHBOURS + 1, 1).flatten(2))))
+
+
 class Block(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
@@ -161,6 +178,7 @@ class Decoder(nn.Module):
         self.inp = nn.Linear(cfg.patch * cfg.n_mels, cfg.width)
         self.time = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, cfg.width), nn.SiLU(), nn.Linear(cfg.width, cfg.width))
         self.text_norm = nn.RMSNorm(cfg.width)
+        self.said = nn.Linear(cfg.width, cfg.width, bias=False) if cfg.align else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.norm = nn.RMSNorm(cfg.width)
         self.out = nn.Linear(cfg.width, cfg.patch * cfg.n_mels)
@@ -182,8 +200,11 @@ class Decoder(nn.Module):
         where = (positions + 0.5) * cfg.patch / mel_lengths[:, None]
         return self_turn, rotary(cfg.rope_gamma * where, size), rotary(cfg.rope_gamma * text_positions, size)
 
-    def forward(self, x, t, text, text_positions, mel_lengths, text_lengths, maps: list | None = None):
-        """Velocity (B, T, n_mels). Each block adds its cross-attention's weights to `maps`: (B, heads, positions, L)."""
+    def forward(self, x, t, text, text_positions, mel_lengths, text_lengths, path=None, maps: list | None = None):
+        """Velocity (B, T, n_mels), where `path` (B, positions) says which token each position says, if that is known.
+
+        Each block adds its cross-attention's weights to `maps`: (B, heads, positions, L).
+        """
         B, frames, _ = x.shape
         # `patch` frames side by side make one position; frames behind an utterance's end are silenced, so that those in
         # its last patch say nothing
@@ -202,9 +223,35 @@ class Decoder(nn.Module):
         else:
             x, time = x + time[:, None], None
         text = self.text_norm(text)
+        if path is not None:
+            x = x + self.said(text).gather(1, path[..., None].expand(-1, -1, text.shape[-1]))
         for block in self.blocks:
             x = block(x, text, time, mel_mask, text_mask, turns, maps)
         return self.out(self.norm(x)).view(B, -1, self.cfg.n_mels)[:, :frames]
+
+
+# --- alignment
+
+def align(scores: torch.Tensor, lengths: torch.Tensor, token_lengths: torch.Tensor) -> torch.Tensor:
+    """Monotonic alignment search (Glow-TTS, arXiv 2005.11129): of scores (B, T, L) the path of the largest sum, (B, T).
+
+    It says which token each of the `lengths` (B,) positions belongs to: the first one to token 0, the last one to the last
+    of `token_lengths` (B,), and from one position to the next the token stays or goes on by one.
+    """
+    B, T, L = scores.shape
+    best = torch.full((B, L), float("-inf"), device=scores.device)
+    best[:, 0] = scores[:, 0, 0]
+    came = [torch.zeros(B, L, dtype=torch.bool, device=scores.device)]  # from the token before
+    for t in range(1, T):
+        before = F.pad(best[:, :-1], (1, 0), value=float("-inf"))
+        came.append(before > best)
+        best = torch.maximum(before, best) + scores[:, t]
+    came = torch.stack(came, 1) & length_mask(lengths, T)[..., None]
+    token, path = token_lengths[:, None] - 1, []
+    for t in reversed(range(T)):
+        path.append(token)
+        token = token - came[:, t].gather(1, token).long()
+    return torch.cat(path[::-1], 1)
 
 
 # --- the whole
@@ -229,10 +276,12 @@ class TTS(nn.Module):
         self.text_encoder.requires_grad_(cfg.train_text_encoder).eval()
         encoder_width = self.text_encoder.config.hidden_size
         self.text_proj = nn.Linear(encoder_width, cfg.width)
+        self.text_blocks = nn.ModuleList(TextBlock(cfg.width) for _ in range(cfg.text_blocks))
         self.no_text = nn.Parameter(torch.zeros(cfg.width))  # stands in for the text when it is dropped
-        self.duration = nn.Sequential(nn.Linear(encoder_width, cfg.width), nn.GELU(), nn.Linear(cfg.width, 1))
+        self.duration = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, 1))
         nn.init.zeros_(self.duration[-1].weight)
         nn.init.constant_(self.duration[-1].bias, math.log(SECONDS_PER_TOKEN))
+        self.sound = nn.Linear(cfg.width, cfg.n_mels) if cfg.align else None  # of a token: its mean log-mel, to align by
         self.decoder = Decoder(cfg)
 
     def train(self, mode: bool = True):
@@ -241,35 +290,67 @@ class TTS(nn.Module):
         return self
 
     def encode(self, tokens, token_lengths):
-        """Token ids (B, L), with their lengths (B,), to encoder features (B, L, encoder width)."""
+        """Token ids (B, L), with their lengths (B,), to projected text (B, L, D)."""
         mask = length_mask(token_lengths, tokens.shape[1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cfg.train_text_encoder):
-            return self.text_encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+            features = self.text_encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        text = self.text_proj(features)
+        for block in self.text_blocks:
+            text = block(text, mask)
+        return text
 
-    def durations(self, features, token_lengths):
-        """Log of the utterance's seconds (B,), and where in cross-attention each token sits (B, L).
+    def durations(self, text, token_lengths):
+        """Log of the utterance's seconds (B,), and the log of each token's share of them (B, L), -inf behind its last.
 
-        The utterance lasts as long as its tokens' predicted seconds add up to. Only that sum has a target, yet letters
-        come in so many mixtures that it teaches each one's share; so with cross_rope: durations a token sits at the
-        middle of its share, as a fraction of the utterance, instead of at n / N, and the flow loss refines the shares.
-        Features are detached: how long a text lasts must not shape what the decoder reads.
+        The utterance lasts as long as its tokens' predicted seconds add up to. Without `align` only that sum has a target,
+        yet letters come in so many mixtures that it teaches each one's share.
         """
-        with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round a duration by a percent
-            per_token = self.duration(features.detach().to(self.no_text.dtype)).squeeze(-1).float()  # (B, L) log sec.
-        L = per_token.shape[1]
-        per_token = per_token.masked_fill(~length_mask(token_lengths, L), float("-inf"))
-        if self.cfg.cross_rope == "durations":
-            share = per_token.softmax(dim=1)
-            positions = share.cumsum(dim=1) - share / 2
-        else:
-            positions = torch.arange(L, device=features.device).expand(len(features), L)
-            if self.cfg.cross_rope == "normalized":
-                positions = (positions + 0.5) / token_lengths[:, None]
-        return per_token.logsumexp(dim=1), positions
+        if not self.cfg.align:
+            text = text.detach()  # how long a text lasts must not shape what the decoder reads
+        with torch.autocast(text.device.type, enabled=False):  # bfloat16 would round a duration by a percent
+            per_token = self.duration(text.to(self.no_text.dtype)).squeeze(-1).float()
+        per_token = per_token.masked_fill(~length_mask(token_lengths, per_token.shape[1]), float("-inf"))
+        return per_token.logsumexp(dim=1), per_token.log_softmax(dim=1)
 
-    def condition(self, features, drop):
+    def positions(self, share, token_lengths):
+        """Where in cross-attention each token sits (B, L), given its share of the time: see cfg.cross_rope."""
+        if self.cfg.cross_rope == "durations":
+            return share.cumsum(dim=1) - share / 2
+        n = torch.arange(share.shape[1], device=share.device).expand_as(share)
+        return n if self.cfg.cross_rope == "absolute" else (n + 0.5) / token_lengths[:, None]
+
+    def path(self, share, mel_lengths, token_lengths):
+        """The token that each position says (B, positions) when every token takes its share (B, L); None without `align`."""
+        if not self.cfg.align:
+            return None
+        lengths = -(-mel_lengths // self.cfg.patch)
+        where = (torch.arange(int(lengths.max()), device=share.device) + 0.5) / lengths[:, None]
+        return torch.searchsorted(share.cumsum(dim=1), where).minimum(token_lengths[:, None] - 1)
+
+    def condition(self, text, drop):
         """Projected text (B, L, D), replaced by the learned no-text vector where drop (B,) is True."""
-        return torch.where(drop[:, None, None], self.no_text.to(features.dtype), self.text_proj(features))
+        return torch.where(drop[:, None, None], self.no_text.to(text.dtype), text)
+
+    def alignment(self, batch: dict, text) -> tuple:
+        """Of a batch with its recordings: the path (B, positions), each token's share of the time (B, L), and the sum over
+        frames of how far the log-mels are from the sounds of the tokens on the path.
+        """
+        cfg, (B, frames, n_mels) = self.cfg, batch["mel"].shape
+        lengths, token_lengths = -(-batch["mel_lengths"] // cfg.patch), batch["token_lengths"]
+        mel = F.pad(batch["mel"], (0, 0, 0, -frames % cfg.patch)).view(B, -1, cfg.patch, n_mels).mean(dim=2)
+        T, L = mel.shape[1], text.shape[1]
+        sound = self.sound(text).to(mel.dtype)  # (B, L, n_mels)
+        with torch.no_grad(), torch.autocast(mel.device.type, enabled=False):
+            place, n = torch.arange(T, device=mel.device) + 0.5, torch.arange(L, device=mel.device) + 0.5
+            off = place[:, None] / lengths[:, None, None] - n / token_lengths[:, None, None]  # (B, T, L)
+            scores = mel @ sound.mT - sound.square().sum(-1)[:, None] / 2
+            scores = scores - DIAGONAL * token_lengths[:, None, None] * off.square()
+            path = align(scores.masked_fill(~length_mask(token_lengths, L)[:, None], float("-inf")), lengths, token_lengths)
+        error = (sound.gather(1, path[..., None].expand(-1, -1, n_mels)) - mel).square().mean(dim=-1)
+        # a tail of silence is on the path too, but takes no share: batch["seconds"] are those of speech
+        spoken = (batch["seconds"] * (cfg.sample_rate / cfg.hop_length) / cfg.patch).round().long()
+        counts = torch.zeros(B, L, device=mel.device).scatter_add_(1, path, length_mask(spoken, T).float())
+        return path, counts / counts.sum(dim=1, keepdim=True), cfg.patch * (error * length_mask(lengths, T)).sum()
 
     def forward(self, batch: dict) -> dict:
         """Losses of a batch as `data.collate` makes it, each a scalar: loss, flow_loss, duration_loss.
@@ -277,17 +358,24 @@ class TTS(nn.Module):
         Sums over this batch are divided by batch["frames"] and batch["utterances"] where it has them: the counts of
         the whole step, over all ranks and accumulation steps, so that the parts' losses add up to the step's mean.
         """
-        features = self.encode(batch["tokens"], batch["token_lengths"])
-        log_seconds, positions = self.durations(features, batch["token_lengths"])
+        cfg, mel_lengths, token_lengths = self.cfg, batch["mel_lengths"], batch["token_lengths"]
+        frames, utterances = batch.get("frames", mel_lengths.sum()), batch.get("utterances", len(mel_lengths))
+        text = self.encode(batch["tokens"], token_lengths)
+        log_seconds, log_share = self.durations(text, token_lengths)
+        duration = (log_seconds - batch["seconds"].log()).square().sum() / utterances
+        share, path, loss = log_share.exp(), None, 0.0
+        if cfg.align:
+            path, share, distance = self.alignment(batch, text)
+            # Kullback and Leibler's divergence: least where predicted shares are the mean of those that were found
+            duration = duration + (torch.xlogy(share, share) - share * log_share.clamp(min=-1e4)).sum() / utterances
+            loss = cfg.align_loss_weight * distance / frames
         t = batch["t"][:, None, None]
         x_t = (1 - t) * batch["mel"] + t * batch["noise"]
-        text = self.condition(features, batch["drop_text"])
-        velocity = self.decoder(x_t, batch["t"], text, positions, batch["mel_lengths"], batch["token_lengths"]).float()
+        velocity = self.decoder(x_t, batch["t"], self.condition(text, batch["drop_text"]),
+                                self.positions(share, token_lengths), mel_lengths, token_lengths, path).float()
         error = (velocity - (batch["noise"] - batch["mel"])).square().mean(dim=-1)  # (B, T)
-        error = error * length_mask(batch["mel_lengths"], error.shape[1])
-        flow = error.sum() / batch.get("frames", batch["mel_lengths"].sum())
-        duration = (log_seconds - batch["seconds"].log()).square().sum() / batch.get("utterances", len(log_seconds))
-        return {"loss": flow + self.cfg.duration_loss_weight * duration, "flow_loss": flow, "duration_loss": duration}
+        flow = (error * length_mask(mel_lengths, error.shape[1])).sum() / frames
+        return {"loss": loss + flow + cfg.duration_loss_weight * duration, "flow_loss": flow, "duration_loss": duration}
 
     def saved_state(self) -> dict:
         """The state dict less a frozen pretrained encoder's weights, which its name brings back; shared ones once."""
@@ -321,7 +409,9 @@ def load_tts(cfg: Config, state: dict, averages: dict | None = None) -> TTS:
 def parameter_table(model: TTS) -> dict[str, tuple[int, int]]:
     """Part -> (parameters, trainable parameters); the last row is the total."""
     parts = {"text encoder": model.text_encoder, "text projection": model.text_proj, "duration predictor": model.duration,
-             "mel decoder": model.decoder}
+             "text blocks": model.text_blocks, "mel decoder": model.decoder}
+    if model.sound is not None:
+        parts["alignment"] = model.sound
     rows = {name: (sum(p.numel() for p in part.parameters()),
                    sum(p.numel() for p in part.parameters() if p.requires_grad)) for name, part in parts.items()}
     rows["no-text vector"] = (model.no_text.numel(), model.no_text.numel())
@@ -332,11 +422,12 @@ def decoder_flops_per_frame(cfg: Config, frames: float, tokens: float) -> float:
     """Floating-point operations of the decoder's forward pass a mel frame, for utterances of so many frames and tokens.
 
     Two a weight a position (`patch` frames) for the matrices it passes, two a weight a token for the keys and values of
-    the text, and 4 D a pair of positions for attention's two products. Training costs three times this.
+    the text and for what is said of it, and 4 D a pair of positions for attention's two products. Training costs three
+    times this.
     """
     D, hidden = cfg.width, multiple_of_32(cfg.width * cfg.mlp_ratio)
     per_position = cfg.layers * (4 * D * D + 2 * D * D + 3 * D * hidden) + 2 * cfg.patch * cfg.n_mels * D
-    per_token = cfg.layers * 2 * D * D
+    per_token = (2 * cfg.layers + cfg.align) * D * D
     attention = cfg.layers * 4 * D * (frames / cfg.patch + tokens)
     return (2 * per_position + attention) / cfg.patch + 2 * per_token * tokens / frames
 

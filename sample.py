@@ -47,7 +47,7 @@ def text_noise(text: str, frames: int, n_mels: int, seed: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def read_texts(model: TTS, texts: list[str], batch_size: int = 16) -> list[tuple]:
-    """Of each text: its features (L, encoder width), its tokens' positions (L,), and the seconds it will last.
+    """Of each text: its projected tokens (L, D), their shares of the time (L,), and the seconds it will last.
 
     Raises UserError for a text without a letter or digit, or longer than the text encoder reads.
     """
@@ -67,11 +67,11 @@ def read_texts(model: TTS, texts: list[str], batch_size: int = 16) -> list[tuple
         lengths = torch.tensor([len(p) for p in part], device=device)
         with autocast(model.cfg, device):
             features = model.encode(torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device), lengths)
-            log_seconds, positions = model.durations(features, lengths)
+            log_seconds, log_share = model.durations(features, lengths)
         seconds = log_seconds.exp().tolist()
         if not all(map(math.isfinite, seconds)):
             raise UserError("the model predicts a duration that is not finite; it has diverged or its weights are damaged")
-        read += [(f[:len(p)], w[:len(p)], s) for f, w, s, p in zip(features, positions, seconds, part)]
+        read += [(f[:len(p)], share[:len(p)], s) for f, share, s, p in zip(features, log_share.exp(), seconds, part)]
     return read
 
 
@@ -94,7 +94,7 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
         raise UserError(f"steps = {steps}, cfg_scale = {cfg_scale}, speed = {speed}, seconds = {seconds}: expected at least "
                         "one step, guidance of 0 or more, and a speed and a duration above 0")
     read = read_texts(model, texts, batch_size)
-    features, positions = [f for f, _, _ in read], [w for _, w, _ in read]
+    features, shares = [f for f, _, _ in read], [share for _, share, _ in read]
     spoken = [seconds or predicted / speed for _, _, predicted in read]
     frames = [min(cfg.block_size, max(1, round(s * cfg.sample_rate / cfg.hop_length))) for s in spoken]
     order = sorted(range(len(texts)), key=lambda i: frames[i])
@@ -107,20 +107,22 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
         token_lengths = torch.tensor([len(features[i]) for i in rows], device=device)
         x = torch.nn.utils.rnn.pad_sequence([text_noise(texts[i], frames[i], cfg.n_mels, seed) for i in rows],
                                             batch_first=True).to(device)
-        feature, where = (torch.nn.utils.rnn.pad_sequence([of[i] for i in rows], batch_first=True)
-                          for of in (features, positions))
+        feature, share = (torch.nn.utils.rnn.pad_sequence([of[i] for i in rows], batch_first=True)
+                          for of in (features, shares))
         drop = torch.zeros(len(rows), dtype=torch.bool, device=device)
         guided = cfg_scale != 1
         if guided:  # the half without text rides in the same batch
             drop = torch.cat([drop, ~drop])
-            feature, where = feature.repeat(2, 1, 1), where.repeat(2, 1)
+            feature, share = feature.repeat(2, 1, 1), share.repeat(2, 1)
             n, token_lengths = n.repeat(2), token_lengths.repeat(2)
         with autocast(cfg, device):
-            text = model.condition(feature, drop)
+            text, path = model.condition(feature, drop), model.path(share, n, token_lengths)
+            where = model.positions(share, token_lengths)
             for k in range(steps):
                 t = torch.full(n.shape, 1 - k / steps, device=device)
                 seen = [] if maps is not None and k == steps // 2 else None
-                velocity = model.decoder(x.repeat(2, 1, 1) if guided else x, t, text, where, n, token_lengths, seen).float()
+                noisy = x.repeat(2, 1, 1) if guided else x
+                velocity = model.decoder(noisy, t, text, where, n, token_lengths, path, seen).float()
                 for i, look in zip(rows, torch.stack(seen, dim=1).cpu().numpy() if seen else ()):  # the half with text
                     looks[i] = clearest_head(look[:, :, :-(-frames[i] // cfg.patch), :len(features[i])])
                 if guided:

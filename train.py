@@ -146,7 +146,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: TTS, cfg: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks, AdamW for everything else that trains."""
-    blocks = [*model.decoder.blocks, *(getattr(model.text_encoder, "encoder", None) or model.text_encoder).children()]
+    encoder = getattr(model.text_encoder, "encoder", None) or model.text_encoder
+    blocks = [*model.decoder.blocks, *model.text_blocks, *encoder.children()]
     inside = {p for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear) for p in [m.weight]}
     matrices = [p for p in model.parameters() if p.requires_grad and p in inside]
     rest = [p for p in model.parameters() if p.requires_grad and p not in inside]

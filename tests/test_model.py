@@ -1,5 +1,6 @@
 """The model on small real parts: losses, padding invariance, conditioning, accounting."""
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -8,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import Config, UserError
-from model import TTS, Decoder, byte_tokens, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
+from model import TTS, Decoder, align, byte_tokens, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
 
 SMALL = dict(text_encoder_name="random", train_text_encoder=True, text_encoder_width=32, text_encoder_heads=2,
              text_encoder_layers=1, width=32, layers=2, heads=2, mel_mean=-5.0, mel_std=2.0, effective_batch_size=4, batch_size=4)
-RECIPES = {"default": {}, "baseline": dict(time_conditioning="additive", cross_rope="absolute", self_rope=False,
-                                           qk_norm=False, zero_init=False), "normalised": dict(cross_rope="normalized"), "patches and durations": dict(patch=2, cross_rope="durations")}
+BASELINE = dict(text_blocks=0, align=False, time_conditioning="additive", cross_rope="absolute", self_rope=False, qk_norm=False,
+                zero_init=False)
+RECIPES = {"default": {}, "baseline": BASELINE, "normalised": dict(cross_rope="normalized"), "patches": dict(patch=2),
+           "shares from sums": dict(align=False)}
 
 
 def small_model(seed=0, shake=True, **changes) -> TTS:
@@ -61,8 +64,10 @@ def test_an_utterance_does_not_notice_its_batch(recipe):
     def velocity(batch):
         features = model.encode(batch["tokens"], batch["token_lengths"])
         text = model.condition(features, batch["drop_text"])
-        _, positions = model.durations(features, batch["token_lengths"])
-        return model.decoder(batch["noise"], batch["t"], text, positions, batch["mel_lengths"], batch["token_lengths"])
+        share = model.durations(features, batch["token_lengths"])[1].exp()
+        path = model.path(share, batch["mel_lengths"], batch["token_lengths"])
+        positions = model.positions(share, batch["token_lengths"])
+        return model.decoder(batch["noise"], batch["t"], text, positions, batch["mel_lengths"], batch["token_lengths"], path)
     all_velocities, losses = velocity(together), []
     for i, n in enumerate(frames):
         L = int(together["token_lengths"][i])
@@ -130,7 +135,8 @@ def test_positions_run_from_end_to_end_and_stretch_with_the_speech(cross_rope):
     model = small_model(cross_rope=cross_rope)
     tokens = torch.tensor([byte_tokens("abcdefghi"), byte_tokens("abcd") + [0] * 5])
     lengths = torch.tensor([10, 5])
-    log_seconds, positions = model.durations(model.encode(tokens, lengths), lengths)
+    _, log_share = model.durations(model.encode(tokens, lengths), lengths)
+    positions = model.positions(log_share.exp(), lengths)
     for row, n in zip(positions, lengths):
         assert (row[:n].diff() > 0).all() and row[0] > 0 and row[n - 1] < 1
     if cross_rope == "normalized":
@@ -146,7 +152,7 @@ def test_positions_run_from_end_to_end_and_stretch_with_the_speech(cross_rope):
 def test_letters_shares_of_the_time_are_learned_from_whole_utterances():
     """Only an utterance's seconds have a target; what each letter lasts, and so where it sits, follows from many of them."""
     torch.manual_seed(0)
-    model = small_model(shake=False, cross_rope="durations")
+    model = small_model(shake=False, align=False)
     rng = torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.duration.parameters(), lr=1e-2)
     for _ in range(400):  # an a lasts 0.1 s, a b 0.4 s
@@ -160,8 +166,62 @@ def test_letters_shares_of_the_time_are_learned_from_whole_utterances():
         loss.backward()
         optimizer.step()
     tokens = torch.tensor([[101, 101, 100, 100, 1]])  # b b a a
-    _, where = model.durations(model.encode(tokens, torch.tensor([5])), torch.tensor([5]))
-    torch.testing.assert_close(where[0, :4], torch.tensor([0.2, 0.6, 0.85, 0.95]), rtol=0, atol=0.06)
+    _, log_share = model.durations(model.encode(tokens, torch.tensor([5])), torch.tensor([5]))
+    torch.testing.assert_close(model.positions(log_share.exp(), torch.tensor([5]))[0, :4], torch.tensor([0.2, 0.6, 0.85, 0.95]), rtol=0, atol=0.06)
+
+
+@given(data=st.data())
+def test_the_path_is_the_best_of_all(data):
+    """Against all monotonic paths, tried one by one; what lies behind an utterance's end says nothing."""
+    T, L = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4))
+    T = max(T, L)
+    scores = torch.randn(2, T + 2, L + 1, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 1000))))
+    lengths, token_lengths = torch.tensor([T, T + 2]), torch.tensor([L, L + 1])
+    for row, path in enumerate(align(scores, lengths, token_lengths)):
+        n, tokens = int(lengths[row]), int(token_lengths[row])
+        steps = path[:n].diff()
+        assert path[0] == 0 and path[n - 1] == tokens - 1 and ((steps == 0) | (steps == 1)).all()
+        found = sum(scores[row, t, path[t]].item() for t in range(n))
+        every = [sum(scores[row, t, sum(moves[:t])].item() for t in range(n)) for moves in itertools.product((0, 1), repeat=n - 1)
+                 if sum(moves) == tokens - 1]
+        assert found == pytest.approx(max(every), abs=1e-4)
+
+
+def test_a_text_longer_than_its_speech_has_a_path_too():
+    path = align(torch.zeros(1, 3, 9), torch.tensor([3]), torch.tensor([9]))
+    assert path.shape == (1, 3) and ((0 <= path) & (path < 9)).all()
+    small_model()(batch_of([3, 2], ["much more text than there is speech", "x"]))["loss"].backward()
+
+
+def test_alignment_learns_what_each_token_sounds_like_and_lasts():
+    """Letters of known sounds and durations: the path finds them, and sampling gives each the share that it has."""
+    torch.manual_seed(0)
+    model = small_model(shake=False, text_blocks=0)
+    rng, sounds, lasts = torch.Generator().manual_seed(1), torch.randn(4, 80), torch.tensor([2, 7, 3, 5])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def batch(letters):
+        rows = [[*row, 3] for row in letters]  # the end sounds too
+        mels = [torch.repeat_interleave(sounds[torch.tensor(row)], lasts[torch.tensor(row)], dim=0) for row in rows]
+        made = batch_of([len(m) for m in mels], ["".join("abc"[n] for n in row) for row in letters])
+        made["mel"] = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)
+        return made | {"seconds": made["mel_lengths"] * 256 / 22050}
+    for _ in range(60):
+        loss = model(batch(torch.randint(0, 3, (8, 6), generator=rng).tolist()))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    letters = [[0, 1, 1, 2, 0, 2]]
+    new = batch(letters)
+    text = model.encode(new["tokens"], new["token_lengths"])
+    path, share, _ = model.alignment(new, text)
+    true = torch.repeat_interleave(torch.arange(7), lasts[torch.tensor([*letters[0], 3])])
+    assert (path[0] == true).float().mean() > 0.8  # of the two b's only the sum is known
+    log_seconds, log_share = model.durations(text, new["token_lengths"])
+    torch.testing.assert_close(log_share.exp()[0, [0, 3, 4, 5, 6]], share[0, [0, 3, 4, 5, 6]], atol=0.05, rtol=0)
+    assert log_seconds.exp().item() == pytest.approx(new["seconds"].item(), rel=0.15)
+    spoken = model.path(log_share.exp(), new["mel_lengths"], new["token_lengths"])[0]
+    assert ((spoken - true).abs() <= 1).all() and (spoken.diff() >= 0).all() and spoken[0] == 0 and spoken[-1] == 6
 
 
 def test_frozen_encoder_stays_out_of_gradients_and_checkpoints(tmp_path):
@@ -191,7 +251,7 @@ def test_an_encoder_with_a_tokenizer_of_its_own(tmp_path):
     model = small_model(text_encoder_name=str(tmp_path), train_text_encoder=False)
     assert model.tokenise("hello world") == [2, 5, 6, 3]
     tokens = torch.tensor([model.tokenise("hello world")])
-    assert model.encode(tokens, torch.tensor([4])).shape == (1, 4, 16)
+    assert model.encode(tokens, torch.tensor([4])).shape == (1, 4, 32)
 
 
 def test_how_many_tokens_an_encoder_reads(tmp_path):
@@ -209,7 +269,7 @@ def test_how_many_tokens_an_encoder_reads(tmp_path):
         model = small_model(text_encoder_name=str(folder), train_text_encoder=False)
         assert model.most_tokens == expected
         tokens = torch.tensor([model.tokenise("hello " * (expected - 2))])
-        assert model.encode(tokens, torch.tensor([expected])).shape == (1, expected, 16)
+        assert model.encode(tokens, torch.tensor([expected])).shape == (1, expected, 32)
 
 
 def test_shared_weights_are_saved_once_and_averaged_ones_reach_both_names():
