@@ -17,7 +17,7 @@ import soxr
 import torch
 from librosa.filters import mel as mel_filterbank
 
-from config import Config, UserError, first_line, run_cli
+from config import Config, UserError, announce_download, first_line, run_cli
 
 CLAMP = 1e-5
 LOWEST_RATE = 1000  # Hz; no speech has less, and resampling a damaged 1 would fill the memory
@@ -216,6 +216,7 @@ def load_bigvgan(model: str, device, cfg: Config):
     if not os.path.isdir(folder):
         try:
             from huggingface_hub import snapshot_download
+            announce_download(model)
             folder = snapshot_download(model, allow_patterns=["config.json", "bigvgan_generator.pt"])
         except Exception as e:  # the hub's failures are of many types: offline, unknown id, gated, cut off
             raise UserError(f"cannot get the vocoder '{model}' from the Hugging Face hub ({type(e).__name__}). Download "

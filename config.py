@@ -31,6 +31,7 @@ class UserError(Exception):
 CODE = re.compile(r"weights.only.*(GLOBAL|call reduce|new object|Can only build|TorchScript|"
                   r"Unsupported operand (13[0-2]|146|147|149)\b)", re.DOTALL)
 REFUSED = "it holds more than tensors, numbers and texts; loading it could run code, so it was refused"
+SIZES = {"google/byt5-small": "1.2 GB", "nvidia/bigvgan_v2_22khz_80band_fmax8k_256x": "450 MB"}  # of downloads
 
 
 def first_line(e: BaseException) -> str:
@@ -39,6 +40,21 @@ def first_line(e: BaseException) -> str:
     A refusal to run code becomes REFUSED: torch's own first line tells how to load the file in spite of it.
     """
     return REFUSED if CODE.search(str(e)) else next(iter(str(e).strip().splitlines()), "") or type(e).__name__
+
+
+def announce_download(name: str) -> None:
+    """Say on standard error what a first use of the Hugging Face repository `name` is about to fetch, and where to."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    if not constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        tqdm.write(f"downloading {name} ({SIZES.get(name, 'size unknown')}) to {constants.HF_HUB_CACHE}, once", sys.stderr)
+
+
+PROGRESS_SECONDS = 1 if sys.stderr.isatty() else 20  # between two updates of a progress bar: few lines in a log file
+
+
+def waiting(items=None, **about):
+    """A progress bar on standard error (tqdm's, with its `about`), which comes when two seconds have passed."""
+    return tqdm(items, delay=2, leave=False, mininterval=PROGRESS_SECONDS, **about)
 
 
 def run_cli(main) -> None:

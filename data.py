@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import audio
-from config import Config, UserError, first_line, load_config, run_cli
+from config import PROGRESS_SECONDS, Config, UserError, first_line, load_config, run_cli
 
 AUDIO_FIELDS = "sample_rate n_fft hop_length win_length n_mels f_min f_max".split()
 SHARD_FILES = "logmel.float16.memmap lengths.int32.npy offsets.int64.npy meta.json".split()
@@ -47,7 +47,6 @@ BLOCK_BYTES = 2**23  # of frames, read at a time when all are read
 HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16)  # every float16, at the index that its bits are
 AGAIN = "delete the corpus and prepare it again"
 LOADER_TIMING_STEPS = 20
-PROGRESS_SECONDS = 1 if sys.stderr.isatty() else 20  # between two updates of a progress bar: few lines in a log file
 
 
 # --- writing

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import audio
 from checkpoint import load_checkpoint
-from config import Config, UserError, first_line, from_flags, run_cli, split_flags
+from config import Config, UserError, first_line, from_flags, run_cli, split_flags, waiting
 from data import Corpus
 from eval import ctc
 from eval.measures import alignment_scores, figures, interval, markdown, mel_cepstral_distortion, rate_draws
@@ -79,6 +79,9 @@ class WhisperJudge:
         except ImportError as e:
             raise UserError(f"eval_judge: whisper needs a package that is not installed ({e.name}): pip install "
                             "openai-whisper, or set eval_judge: ctc") from None
+        cache = os.path.join(os.getenv("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache")), "whisper")
+        if name in whisper.available_models() and not os.path.exists(os.path.join(cache, f"{name}.pt")):
+            warn(f"downloading Whisper's {name} (base.en: 145 MB) to {cache}, once")
         try:
             self.model = whisper.load_model(name, device=device)
         except Exception as e:  # unknown names, failed downloads and broken files raise many types
@@ -92,7 +95,7 @@ class WhisperJudge:
     def transcribe(self, wavs: list[np.ndarray], cfg: Config) -> list[str]:
         """Wavs (samples,) at cfg.sample_rate to texts, as Whisper writes them."""
         texts = []
-        for wav in wavs:
+        for wav in waiting(wavs, desc="listening", unit="prompt"):
             wav = audio.resample(wav, cfg.sample_rate, WHISPER_RATE).astype(np.float32)
             english = {"language": "en"} if self.model.is_multilingual else {}
             result = self.model.transcribe(wav, fp16=self.model.device.type == "cuda", temperature=0.0,
@@ -153,10 +156,11 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, device, st
             raise UserError(f"cannot write to {out}: {e.strerror}; name another out_dir") from None
         mine, maps = list(range(rank, len(prompts), world)), []
         texts = [prompts[i].text for i in mine]
-        mels = sample(model, texts, cfg.eval_steps, cfg.eval_cfg_scale, cfg.seed, batch_size=cfg.eval_batch_size, maps=maps)
+        mels = sample(model, texts, cfg.eval_steps, cfg.eval_cfg_scale, cfg.seed, batch_size=cfg.eval_batch_size, maps=maps,
+                      progress=None if rank else "speaking")
         sampled = time.time()
         vocode = audio.load_vocoder(cfg.eval_vocoder, cfg.eval_vocoder_model, device, cfg)
-        sounds = {"": [vocode(mel) for mel in mels]}
+        sounds = {"": [vocode(mel) for mel in waiting(mels, desc="vocoding", unit="prompt", disable=rank > 0)]}
         took = {"sampler": sampled - start, "vocoder": time.time() - sampled}
         real = [None if prompts[i].mel is None else np.asarray(prompts[i].mel, np.float32) for i in mine]
         sounds["vocoded"] = [vocode(torch.from_numpy(mel)) if mel is not None and (floors or i < COPIES) else None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, UserError, first_line, load_config, run_cli
+from config import Config, UserError, announce_download, first_line, load_config, run_cli
 
 TIME_FREQUENCIES = 128
 T5_TOKENS = 1024  # ByT5 was trained on texts as long; its relative positions know no end, but what lies beyond is babble
@@ -41,6 +41,8 @@ def load_text_encoder(cfg: Config):
             d_ff=multiple_of_32(width * 8 / 3), feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False))
         return encoder, byte_tokens, T5_TOKENS
     try:
+        if not os.path.isdir(name):
+            announce_download(name)
         # said in so many words, since transformers would otherwise ask at the terminal whether it may run code
         encoder = AutoModelForTextEncoding.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
         if encoder.config.vocab_size == 384 and encoder.config.model_type == "t5":

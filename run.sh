@@ -57,7 +57,7 @@ PATH="$PWD/.venv/bin:$PATH"
 
 if [ "${1:-}" = test ]; then
   shift
-  exec python -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@"
+  exec python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 fi
 
 # --- the config: a file, then environment variables, then flags

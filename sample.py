@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from audio import denormalise, load_vocoder, wav_stream
 from checkpoint import export, load_checkpoint
-from config import Config, UserError, first_line, run_cli
+from config import Config, UserError, first_line, run_cli, waiting
 from eval.measures import clearest_head
 from eval.page import draw, draw_mel, write_bytes, write_page
 from model import TTS, autocast
@@ -99,8 +99,7 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
     frames = [min(cfg.block_size, max(1, round(s * cfg.sample_rate / cfg.hop_length))) for s in spoken]
     order = sorted(range(len(texts)), key=lambda i: frames[i])
     mels, looks = [None] * len(texts), [None] * len(texts)
-    bar = tqdm(total=len(texts) * steps, desc=progress, unit="step", delay=2, leave=False, disable=progress is None,
-               mininterval=1 if sys.stderr.isatty() else 20)
+    bar = waiting(total=len(texts) * steps, desc=progress, unit="step", disable=progress is None)
     for start in range(0, len(texts), batch_size):
         rows = order[start:start + batch_size]
         n = torch.tensor([frames[i] for i in rows], device=device)
@@ -321,7 +320,7 @@ def main(argv: list[str]) -> None:
         pieces = read_pieces(model, sentences, args.speed)
     start = time.time()
     spoken = speak(model, vocode, pieces, args.num_samples, args.seed, cfg.eval_batch_size, **how)
-    bar = tqdm(spoken, unit=" sentences", delay=2, leave=False, mininterval=1 if sys.stderr.isatty() else 20)
+    bar = waiting(spoken, desc="speaking", unit=" sentences")
     if args.file is None:
         seconds, mels = write_one(args, bar, alphabet, say, cfg)
     else:

@@ -17,8 +17,8 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import audio  # noqa: E402
-from config import Config, UserError, first_line, load_config, run_cli  # noqa: E402
-from data import PROGRESS_SECONDS, Corpus, epoch_batches  # noqa: E402
+from config import PROGRESS_SECONDS, Config, UserError, first_line, load_config, run_cli  # noqa: E402
+from data import Corpus, epoch_batches  # noqa: E402
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789' "  # CTC's blank is symbol 0
 WIDTH, DILATIONS = 128, (1, 2, 4, 1, 2, 4)  # a symbol sees 0.7 s of sound: about two words

@@ -22,6 +22,12 @@ hypothesis.settings.register_profile("repo", derandomize=True, deadline=None, ma
 hypothesis.settings.load_profile("repo")
 
 
+def pytest_collection_modifyitems(items):
+    """Files that take long for their number of tests come first, so that no process is left with one of them at the end."""
+    first = ["test_run_sh", "test_skill", "test_soak", "test_ljspeech", "test_train", "test_evaluator", "test_serve"]
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
+
+
 @pytest.fixture(scope="session")
 def demo_prepare():
     """data/demo/prepare.py as a module (its folder is no package)."""

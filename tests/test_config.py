@@ -298,3 +298,21 @@ def test_help_names_every_field():
     (["--get", "sede"], "'seed'")])
 def test_command_refuses_in_one_line(args, needle):
     assert_one_line(command(*args), needle)
+
+
+def test_a_download_is_announced_once_and_only_where_there_is_one(monkeypatch, tmp_path, capsys):
+    from huggingface_hub import constants
+    config.announce_download("google/byt5-small")  # offline, as all tests are
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config.announce_download("google/byt5-small")
+    assert capsys.readouterr().err == f"downloading google/byt5-small (1.2 GB) to {tmp_path}, once\n"
+    revision = tmp_path / "models--google--byt5-small"
+    (revision / "snapshots" / "abc").mkdir(parents=True)
+    (revision / "snapshots" / "abc" / "config.json").write_text("{}")
+    (revision / "refs").mkdir()
+    (revision / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    config.announce_download("google/byt5-small")
+    assert capsys.readouterr().err == ""
