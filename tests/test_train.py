@@ -117,15 +117,15 @@ def test_a_start_records_what_it_runs(undisturbed, demo_corpus):
 # --- the split does not matter
 
 def assert_like_one_rank(out, ckpt, undisturbed):
-    """Sums over ranks run in another order, which is worth 1e-7 a step; Muon orthogonalises in bfloat16 and can round such a
-    difference up to one of its 2^-8, so parameters get 3e-3, a hundredth of what another seed is off by, and losses 2e-3.
+    """Sums over ranks run in another order, which is worth 1e-7 a step, and AdamW divides by the root of squares, which makes
+    more of it where gradients are near zero: parameters get 1e-4, losses 1e-5.
     """
-    assert_same(ckpt, undisturbed[1], rtol=0, atol=3e-3)
+    assert_same(ckpt, undisturbed[1], rtol=0, atol=1e-4)
     expected = rows(undisturbed[0])
     assert [row.keys() for row in rows(out)] == [row.keys() for row in expected]
     for row, other in zip(rows(out), expected):
         for key in row.keys() & {"train/loss", "train/flow_loss", "train/duration_loss", "val/flow_loss"}:
-            assert row[key] == pytest.approx(other[key], rel=2e-3), (row["step"], key)
+            assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
 
 
 def test_two_ranks_train_as_one_does(two_ranks, undisturbed):
@@ -142,9 +142,9 @@ def test_another_seed_is_told_apart_by_the_tolerances(demo_corpus, undisturbed, 
     monkeypatch.setattr(data, "sample_rng", lambda cfg, epoch, i: real(cfg, epoch + 1, i))
     ckpt = run(demo_corpus, tmp_path)
     with pytest.raises(AssertionError):
-        assert_same(ckpt, undisturbed[1], rtol=0, atol=3e-3)
+        assert_same(ckpt, undisturbed[1], rtol=0, atol=1e-4)
     losses, expected = ([row["train/loss"] for row in rows(out) if "train/loss" in row] for out in (tmp_path, undisturbed[0]))
-    assert any(loss != pytest.approx(other, rel=2e-3) for loss, other in zip(losses, expected))
+    assert any(loss != pytest.approx(other, rel=1e-5) for loss, other in zip(losses, expected))
 
 
 def test_the_first_gradients_do_not_depend_on_the_split(demo_corpus):
