@@ -1,0 +1,30 @@
+"""The benchmark runs, for two configs in turn; what it measures is no matter for tests."""
+import re
+from pathlib import Path
+
+import pytest
+
+from config import UserError
+from eval.bench import PARTS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--width 32 --heads 2 --layers 1 --text_encoder_width 32 --text_encoder_heads 2 --text_encoder_layers 1 "
+         "--effective_batch_size 8 --batch_size 4 --device cpu --steps 1").split()
+
+
+def test_two_configs_in_turn(demo_corpus, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    main(["--config", "configs/demo.yaml", "--against", "configs/demo_baseline.yaml", "--data_dir", str(demo_corpus), *SMALL])
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("configs/demo.yaml: ") and second.startswith("configs/demo_baseline.yaml: ")
+    for line in (first, second):
+        total, *parts = map(float, re.findall(r"([\d.]+) ms", line))
+        assert len(parts) == len(PARTS) and total == pytest.approx(sum(parts[1:]), abs=1)
+        assert float(re.search(r"([\d,]+) frames/s", line)[1].replace(",", "")) > 0 and "padding waste" in line
+    assert "ratio of frames/s" in last and "cpu, " in last
+
+
+def test_mistakes(monkeypatch):
+    for steps in ("0", "few"):
+        with pytest.raises(UserError, match="--steps"):
+            main(["--steps", steps])
