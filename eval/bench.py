@@ -2,10 +2,10 @@
 
     python eval/bench.py --config configs/demo.yaml --against configs/demo_baseline.yaml
     python eval/bench.py --config configs/ljspeech.yaml --data_dir data/demo_bigvgan --text_encoder_name random \
-        --text_encoder_width 1472 --text_encoder_layers 12 --text_encoder_heads 16    # ByT5-small's size, nothing to download
+        --text_encoder_width 1472 --text_encoder_layers 12 --text_encoder_heads 16     # of ByT5-small's size
 
-Model FLOPs utilisation is the decoder's arithmetic (model.decoder_flops_per_frame, three times for training) over what one large
-matrix product reaches on this device in the same precision. Nothing else should run meanwhile.
+Utilisation is the decoder's arithmetic (model.decoder_flops_per_frame, three times for training) over what one large matrix
+product reaches on this device in the same precision. Nothing else should run meanwhile.
 """
 import statistics
 import sys
@@ -111,15 +111,16 @@ def main(argv: list[str]) -> None:
     device, against = pick_device(flags.pop("device", "auto")), flags.pop("against", None)
     benches = {flags.get("config", "defaults"): Bench(from_flags(flags), device)}
     if against:
-        benches[against] = Bench(from_flags({k: v for k, v in flags.items() if k != "config"} | {"config": against}), device)
+        benches[against] = Bench(from_flags(flags | {"config": against}), device)
     for _ in range(WARM_UP + steps):
         for bench in benches.values():  # in turn, so that what else the machine does meets all alike
             bench.step()
     low = device.type == "cuda" and next(iter(benches.values())).cfg.dtype != "float32"
     peak = matmul_flops(device, torch.bfloat16 if low else torch.float32, 8192 if device.type == "cuda" else 2048)
     rates = [bench.report(name, peak) for name, bench in benches.items()]
-    print(f"{device.type}, {torch.get_num_threads()} threads, a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; peak memory of "
-          f"all {peak_memory(device.type == 'cuda'):.2f} GiB" + (f"; ratio of frames/s {rates[0] / rates[1]:.2f}" if against else ""))
+    ratio = f"; ratio of frames/s {rates[0] / rates[1]:.2f}" if against else ""
+    print(f"{device.type}, {torch.get_num_threads()} threads, a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; "
+          f"peak memory of all {peak_memory(device.type == 'cuda'):.2f} GiB{ratio}")
 
 
 if __name__ == "__main__":
