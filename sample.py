@@ -298,7 +298,8 @@ def main(argv: list[str]) -> None:
         print(f"{args.export}: model.safetensors, config.yaml and corpus.json; speak with --ckpt {args.export}")
         return
     vocode = load_vocoder(args.vocoder, args.vocoder_model or cfg.eval_vocoder_model, device, cfg)
-    steps, cfg_scale = args.steps or cfg.eval_steps, cfg.eval_cfg_scale if args.cfg_scale is None else args.cfg_scale
+    steps, cfg_scale = (default if given is None else given for given, default in
+                        ((args.steps, cfg.eval_steps), (args.cfg_scale, cfg.eval_cfg_scale)))
     if args.serve:
         import serve
         return serve.serve(model, vocode, steps, cfg_scale, args.host, args.port)

@@ -140,6 +140,7 @@ def test_command_line_wants_to_do_one_thing(checkpoint, tmp_path, monkeypatch):
             ([*text, "--out", "-", "--num-samples", "2"], "expected 1 or more, and 1 where"),
             (["--file", str(lines), "--out", "-"], "goes without --out -"), (["--file", str(lines), *out, "--plot"], "and --plot"),
             ([*text, "--out", "-", "--plot"], "needs a name"), ([*text, *out, "--speed", "0"], "speed = 0"),
+            ([*text, *out, "--steps", "0"], "steps = 0"),
             (["--file", str(tmp_path / "none"), *out], "cannot read --file"), (["--text", " ", *out], "nothing to say in ' '")):
         with pytest.raises(UserError, match=complaint):
             sample_main(["--ckpt", str(checkpoint), *flags])
