@@ -56,7 +56,7 @@ def run_sh():
     return "./run.sh" if marker.exists() and marker.read_text() == want else None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
     """A headless Chromium, driven by selenium; the test is skipped where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver")

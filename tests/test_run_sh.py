@@ -23,7 +23,7 @@ from checkpoint import read_checkpoint
 SMALL = ("--config configs/demo.yaml --gpus 0 --width 32 --heads 2 --layers 2 --text_encoder_width 32 "
          "--text_encoder_heads 2 --text_encoder_layers 1 --effective_batch_size 8 --batch_size 8 --log_interval 1 "
          "--val_interval 0 --eval_interval 0 --checkpoint_interval 4 --loader_workers 0 --warmup_steps 2 --no_wandb").split()
-STEPS = 32
+STEPS = 48
 STEERING = ("SLURM", "PET_", "TORCHELASTIC_", "NNODES", "RDZV_", "MAX_RESTARTS", "DRY_RUN", "NUM_GPUS", "BATCH_SIZE")
 SLURM = {"SLURM_JOB_ID": "4123", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2",
          "SLURM_STEP_NODELIST": "node[07-08]"}
