@@ -350,7 +350,7 @@ class TTS(nn.Module):
             path = align(scores.masked_fill(~length_mask(token_lengths, L)[:, None], float("-inf")), lengths, token_lengths)
         error = (sound.gather(1, path[..., None].expand(-1, -1, n_mels)) - mel).square().mean(dim=-1)
         # a tail of silence is on the path too, but takes no share: batch["seconds"] are those of speech
-        spoken = (batch["seconds"] * (cfg.sample_rate / cfg.hop_length) / cfg.patch).round().long()
+        spoken = (batch["seconds"] * (cfg.sample_rate / cfg.hop_length) / cfg.patch).round().long().clamp(min=1)
         counts = torch.zeros(B, L, device=mel.device).scatter_add_(1, path, length_mask(spoken, T).float())
         return path, counts / counts.sum(dim=1, keepdim=True), cfg.patch * (error * length_mask(lengths, T)).sum()
 
