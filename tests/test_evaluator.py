@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,16 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def judged_corpus(demo_corpus):
-    """The demo corpus with a ctc judge that had too little training to be any good, but is a real one."""
-    path = Path(demo_corpus) / "judge_ctc.pt"
-    if not path.exists():
-        steps, ctc.STEPS = ctc.STEPS, 5
-        try:
-            ctc.load_judge(str(demo_corpus), Config())
-        finally:
-            ctc.STEPS = steps
-    return demo_corpus
+def judged_corpus(demo_corpus, tmp_path_factory):
+    """A copy of the demo corpus with a ctc judge that had too little training to be any good, but is a real one."""
+    folder = shutil.copytree(demo_corpus, tmp_path_factory.mktemp("judged") / "corpus")
+    steps, ctc.STEPS = ctc.STEPS, 5
+    try:
+        ctc.load_judge(str(folder), Config())
+    finally:
+        ctc.STEPS = steps
+    return folder
 
 
 @pytest.fixture(scope="module")
