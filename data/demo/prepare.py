@@ -3,18 +3,16 @@
     python data/demo/prepare.py --out data/demo_bigvgan
     python data/demo/prepare.py --out data/mine_bigvgan --text lines.txt       # speak your own lines instead
 """
-import _ctypes
 import argparse
-import ctypes
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import audio  # noqa: E402
 from config import Config, UserError, run_cli  # noqa: E402
 from data import Utterance, hash_splits, write_corpus  # noqa: E402
+from espeak import speak  # noqa: E402
 
 # --- the grammar: 162 words
 
@@ -75,45 +73,6 @@ def sentences(count: int, seed: int) -> list[str]:
     while len(seen) < count:
         seen[sentence(rng)] = None
     return list(seen)
-
-
-# --- the voice
-
-def espeak():
-    """The espeak-ng library that the espeakng-loader package carries, set up to hand its samples to us."""
-    try:
-        import espeakng_loader
-    except ImportError:
-        raise UserError("the embedded corpus needs the package espeakng-loader: pip install espeakng-loader") from None
-    lib = ctypes.CDLL(espeakng_loader.get_library_path())
-    rate = lib.espeak_Initialize(1, 0, str(espeakng_loader.get_data_path()).encode(), 0)  # 1: AUDIO_OUTPUT_RETRIEVAL
-    if rate <= 0 or lib.espeak_SetVoiceByName(b"en-us") != 0:
-        raise UserError(f"espeak-ng did not start (code {rate}) from {espeakng_loader.get_library_path()}; "
-                        "reinstall espeakng-loader")
-    chunks = []
-
-    def collect(samples, count, _events):
-        if samples and count > 0:
-            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)(collect)
-    lib.espeak_SetSynthCallback(callback)
-    return lib, rate, chunks, callback  # the callback must outlive the library's use of it
-
-
-def speak(text: str, sample_rate: int) -> np.ndarray:
-    """`text` in espeak-ng's en-us voice: (samples,) float32 in [-1, 1]. Raises AudioError if nothing was said."""
-    lib, rate, chunks, _ = espeak()
-    data = text.encode()
-    lib.espeak_Synth(data, len(data) + 1, 0, 0, 0, 1, None, None)  # 1: espeakCHARS_UTF8
-    lib.espeak_Synchronize()
-    # espeak-ng keeps state in static variables that nothing resets, so that what it says depends on what it said before.
-    # A corpus must not depend on the number of workers or on interruptions: unload the library after each utterance (5 ms).
-    lib.espeak_Terminate()
-    _ctypes.dlclose(lib._handle)
-    if not chunks:
-        raise audio.AudioError("zero length: espeak-ng said nothing")
-    return audio.resample(np.concatenate(chunks).astype(np.float32) / 32768, rate, sample_rate)
 
 
 def main(argv: list[str]) -> None:
