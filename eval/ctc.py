@@ -1,9 +1,10 @@
 """The `ctc` judge: a small recogniser that learns from the corpus's own recordings, so that a demo needs no Whisper.
 
     python eval/ctc.py --config configs/demo.yaml      # train it anew, save it with the corpus, report its errors
+    python eval/ctc.py --config configs/openvocab.yaml --judge_steps 6000 --judge_width 384 --device cuda
 
-Seven convolutions with CTC on log-mels, 0.65 M parameters, about a minute on two cores. It knows the words of its corpus and
-no others: a judge for closed-vocabulary corpora, with its own error on held-out recordings reported beside every result.
+Seven convolutions with CTC on log-mels; on the embedded corpus 0.65 M parameters and about a minute on two cores. It knows
+its corpus's way of speaking and no other, and its own error on held-out recordings is reported beside every result.
 """
 import os
 import sys
@@ -17,12 +18,13 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import audio  # noqa: E402
-from config import PROGRESS_SECONDS, Config, UserError, first_line, load_config, run_cli  # noqa: E402
+from config import PROGRESS_SECONDS, Config, UserError, first_line, from_flags, run_cli, split_flags  # noqa: E402
 from data import Corpus, epoch_batches  # noqa: E402
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789' "  # CTC's blank is symbol 0
 WIDTH, DILATIONS = 128, (1, 2, 4, 1, 2, 4)  # a symbol sees 0.7 s of sound: about two words
 STEPS, BATCH, PEAK_LR = 250, 32, 3e-3
+WORDS = 1000  # a corpus of more than so many words gets a judge of twice the width, and half a step a word
 NOISE = 0.3  # standard deviation of noise on normalised log-mels in training: robustness against vocoder artefacts
 
 
@@ -34,11 +36,11 @@ def normalise_text(text: str) -> str:
 class Block(nn.Module):
     """Norm, dilated convolution, GELU and a linear layer around a residual; padding is held at zero by the mask."""
 
-    def __init__(self, dilation: int):
+    def __init__(self, width: int, dilation: int):
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.conv = nn.Conv1d(WIDTH, WIDTH, 5, padding=2 * dilation, dilation=dilation)
-        self.out = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, width, 5, padding=2 * dilation, dilation=dilation)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x, mask):
         h = (self.norm(x) * mask).transpose(1, 2)
@@ -46,17 +48,17 @@ class Block(nn.Module):
 
 
 class Recogniser(nn.Module):
-    def __init__(self, n_mels: int):
+    def __init__(self, n_mels: int, width: int = WIDTH):
         super().__init__()
-        self.inp = nn.Conv1d(n_mels, WIDTH, 5, stride=2, padding=2)
-        self.blocks = nn.ModuleList(Block(d) for d in DILATIONS)
-        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(ALPHABET) + 1)
+        self.inp = nn.Conv1d(n_mels, width, 5, stride=2, padding=2)
+        self.blocks = nn.ModuleList(Block(width, d) for d in DILATIONS)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET) + 1)
 
     def forward(self, mels: torch.Tensor, lengths: torch.Tensor):
         """(B, T, n_mels) normalised log-mels, zero behind lengths (B,) -> log-probabilities (B, T / 2, symbols), lengths."""
         lengths = (lengths + 1) // 2
         x = self.inp(mels.transpose(1, 2)).transpose(1, 2)
-        mask = (torch.arange(x.shape[1]) < lengths[:, None])[..., None].float()
+        mask = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None].float()
         for block in self.blocks:
             x = block(x, mask)
         return self.out(self.norm(x)).log_softmax(-1), lengths
@@ -86,8 +88,11 @@ class CTCJudge:
         return self.transcribe_mels([audio.log_mel(w, cfg) for w in wavs])
 
 
-def train_judge(corpus: Corpus, cfg: Config, path: Path) -> None:
-    """Train on the corpus's training recordings, measure on its held-out ones, save to `path` (whole or not at all)."""
+def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, width: int = 0, device="cpu") -> None:
+    """Train on the corpus's training recordings, measure on its held-out ones, save to `path` (whole or not at all).
+
+    Without `steps` and `width` the corpus's number of distinct words decides: see WORDS.
+    """
     mean, std = corpus.mel_stats
     train, held_out = corpus.split("train", cfg), np.concatenate([corpus.split(s, cfg) for s in ("val", "test")])
     targets = {int(i): [ALPHABET.index(c) + 1 for c in normalise_text(corpus.texts[i])] for i in train}
@@ -95,14 +100,17 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path) -> None:
     if not len(train):
         raise UserError(f"no training text of {corpus.dir} holds a character that the ctc judge knows ({ALPHABET.strip()}); "
                         "set eval_judge to whisper or none")
+    words = len({word for i in train for word in normalise_text(corpus.texts[i]).split()})
+    steps = steps or (STEPS if words <= WORDS else max(STEPS, words // 2))
+    width = width or (WIDTH if words <= WORDS else 2 * WIDTH)
     batch = min(BATCH, len(train))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Recogniser(cfg.n_mels)
+        model = Recogniser(cfg.n_mels, width).to(device)
         opt = torch.optim.AdamW(model.parameters(), lr=PEAK_LR)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, PEAK_LR, total_steps=STEPS, pct_start=0.15)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, PEAK_LR, total_steps=steps, pct_start=0.15)
         batches = []
-        for step in trange(STEPS, desc="training the ctc judge", unit="step", mininterval=PROGRESS_SECONDS):
+        for step in trange(steps, desc="training the ctc judge", unit="step", mininterval=PROGRESS_SECONDS):
             if not batches:
                 batches = epoch_batches(corpus.frames[train], batch, 0, step)
             rows = train[batches.pop()]
@@ -110,16 +118,17 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path) -> None:
             lengths = torch.tensor([len(m) for m in mels])
             mels = nn.utils.rnn.pad_sequence(mels, batch_first=True)
             mels += NOISE * torch.randn_like(mels) * (torch.arange(mels.shape[1]) < lengths[:, None])[..., None]
-            scores, out_lengths = model(mels, lengths)
-            words = [torch.tensor(targets[int(i)]) for i in rows]
-            loss = nn.functional.ctc_loss(scores.transpose(0, 1), torch.cat(words), out_lengths,
-                                          torch.tensor([len(w) for w in words]), zero_infinity=True)
+            scores, out_lengths = model(mels.to(device), lengths.to(device))
+            letters = [torch.tensor(targets[int(i)]) for i in rows]
+            loss = nn.functional.ctc_loss(scores.transpose(0, 1), torch.cat(letters).to(device), out_lengths,
+                                          torch.tensor([len(of) for of in letters]), zero_infinity=True)
             opt.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
             schedule.step()
-    saved = {"model": model.state_dict(), "mel_mean": mean, "mel_std": std, "floor": {}}
+    model.cpu()
+    saved = {"model": model.state_dict(), "width": width, "mel_mean": mean, "mel_std": std, "floor": {}}
     judge = CTCJudge(model, saved)
     references = [normalise_text(corpus.texts[i]) for i in held_out]
     hypotheses = judge.transcribe_mels([corpus.mel(i) for i in held_out])
@@ -138,7 +147,7 @@ def load_judge(data_dir: str, cfg: Config) -> CTCJudge:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         with torch.random.fork_rng(devices=[]):  # judging must not move the caller's random numbers
-            model = Recogniser(cfg.n_mels)
+            model = Recogniser(cfg.n_mels, saved.get("width", WIDTH))
         model.load_state_dict(saved["model"])
         numbers = saved["mel_mean"], saved["mel_std"], *(saved["floor"][key] for key in ("cer", "wer", "recordings"))
         if not all(isinstance(n, (int, float)) for n in numbers):
@@ -149,9 +158,21 @@ def load_judge(data_dir: str, cfg: Config) -> CTCJudge:
 
 
 def main(argv: list[str]) -> None:
-    cfg = load_config(argv)
-    corpus = Corpus(cfg.data_dir, cfg)
-    train_judge(corpus, cfg, Path(cfg.data_dir) / "judge_ctc.pt")
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return
+    flags = split_flags(argv, extra=("judge_steps", "judge_width", "device"))
+    device = flags.pop("device", "cpu")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"--device {device}: expected cpu, or cuda where there is a CUDA GPU")
+    try:
+        steps, width = (int(flags.pop(name, 0)) for name in ("judge_steps", "judge_width"))
+        if min(steps, width) < 0:
+            raise ValueError
+    except ValueError:
+        raise UserError("--judge_steps and --judge_width: expected whole numbers, 0 to let the corpus decide") from None
+    cfg = from_flags(flags)
+    train_judge(Corpus(cfg.data_dir, cfg), cfg, Path(cfg.data_dir) / "judge_ctc.pt", steps, width, device)
     floor = load_judge(cfg.data_dir, cfg).floor
     print(f"ctc judge of {cfg.data_dir}: CER {floor['cer']:.2%}, WER {floor['wer']:.2%} on {floor['recordings']} held-out "
           "recordings")
