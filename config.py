@@ -140,7 +140,7 @@ class Config:
     batch_size: int = 64  # utterances a forward-backward, over all ranks together; divides effective_batch_size
     max_steps: int = 200_000
     max_epochs: int = 0  # 0: no limit
-    max_train_seconds: float = 0.0  # training time without evaluations; 0: no limit
+    max_train_seconds: float = 0.0  # training time without evaluations and compilation; 0: no limit
     learning_rate: float = 3e-3  # Muon's, for the matrices inside blocks
     adamw_learning_rate: float = 1e-3  # AdamW's, for everything else
     weight_decay: float = 0.0

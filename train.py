@@ -387,7 +387,7 @@ def main(argv: list[str]) -> None:
     window = rest.get("window") or {"sums": [0.0] * 3, "steps": 0, "skipped": 0, "seconds": 0.0, "waited": 0.0, "frames": 0}
     sums = torch.tensor(window["sums"] if rank == 0 else [0.0] * 3, dtype=torch.float64, device=device)
     first_step = tried_step = step  # the latter: of the last checkpoint, written or not
-    saved = True
+    saved, compile_seconds = True, 0.0
     stop = 0  # 1: out of time, 2: asked to
     while True:
         # All ranks must come to the same verdict; asking costs a synchronisation, so GPUs ask at log steps only.
@@ -491,8 +491,12 @@ def main(argv: list[str]) -> None:
         if log_now and world > 1:
             dist.all_reduce(sums)
         means = (sums / max(1, window["steps"] - window["skipped"])).tolist() if log_now else None  # waits for the device
-        train_seconds += time.time() - tick
-        window["seconds"] += time.time() - tick
+        took, compiling = time.time() - tick, cfg.compile and step == first_step + 1  # compiling is no training
+        if compiling:
+            compile_seconds = took
+        else:
+            train_seconds += took
+        window["seconds"] += took
         if log_now:
             if rank == 0:
                 values = {"optim/lr": cfg.learning_rate * factor, "optim/skipped_steps": skipped,
@@ -503,6 +507,8 @@ def main(argv: list[str]) -> None:
                     values |= dict(zip(("train/loss", "train/flow_loss", "train/duration_loss"), means))
                 if not broken:
                     values["optim/grad_norm"] = norm.item()
+                if compile_seconds:
+                    values["time/compile_sec"], compile_seconds = compile_seconds, 0.0
                 metrics.log(step, values)
                 metrics.line(step, last_step, values)
             sums.zero_()
