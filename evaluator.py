@@ -4,6 +4,7 @@
     python evaluator.py --ckpt .artifacts/local/demo/latest.pt --prompts test --num 128 --out_dir /tmp/demo_test
     python evaluator.py --ckpt RUN/latest.pt --prompts val --eval_steps 8 --eval_cfg_scale 3   # config fields are flags
     python evaluator.py --ckpt RUN/latest.pt --prompts val --recordings LJSpeech-1.1/wavs      # judge <utt_id>.wav too
+    python evaluator.py --config configs/ljspeech.yaml --prompts test --recordings LJSpeech-1.1/wavs   # recordings alone
     python evaluator.py --compare DIR_A DIR_B                   # are B's error rates other than A's, on the same prompts?
 
 DIR gets 000000.wav …, pictures of log-mels and alignment, wer.jsonl (a line a prompt), summary.json and summary.md.
@@ -138,6 +139,13 @@ def listen(judge, texts: list[str], wavs: list, cfg: Config, kind: str = "") -> 
 
 # --- the evaluation
 
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}; name another out_dir") from None
+
+
 def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, device, step: int, ckpt: str,
              rank: int = 0, world: int = 1, floors: bool = False, recordings: str | None = None) -> dict:
     """Speak prompts, write sounds and pictures, judge them; ranks share the work. Returns the summary, the same on all.
@@ -150,10 +158,7 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, device, st
     start = time.time()
     rows, judge, took, error = [], None, {"sampler": 0.0, "vocoder": 0.0}, None
     try:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"cannot write to {out}: {e.strerror}; name another out_dir") from None
+        make_folder(out)
         mine, maps = list(range(rank, len(prompts), world)), []
         texts = [prompts[i].text for i in mine]
         mels = sample(model, texts, cfg.eval_steps, cfg.eval_cfg_scale, cfg.seed, batch_size=cfg.eval_batch_size, maps=maps,
@@ -228,6 +233,20 @@ def read_recording(folder: str | None, utt_id: str | None, cfg: Config) -> np.nd
     return audio.read_wav(path, cfg.sample_rate) if os.path.isfile(path) else None
 
 
+def judge_recordings(cfg: Config, prompts: list[Prompt], folder: str, device) -> dict:
+    """What the judge makes of the prompts' own recordings, <utt_id>.wav of `folder`: judge, count, wer and cer.
+
+    Raises UserError if the judge cannot be had or nothing can be judged.
+    """
+    wavs = [read_recording(folder, p.utt_id, cfg) for p in prompts]
+    judge = load_judge(cfg, device)
+    rows = [row for row in listen(judge, [p.text for p in prompts], wavs, cfg) if row["edits"]]
+    if not rows:
+        raise UserError(f"no prompt with a recording in {folder} has a text that the judge {judge.name} can hear")
+    edits = np.array([row["edits"] for row in rows]).sum(axis=0)
+    return {"judge": judge.name, "count": len(rows), "wer": edits[0] / edits[1], "cer": edits[2] / edits[3]}
+
+
 # --- two evaluations
 
 def compare(folder_a: str, folder_b: str) -> str:
@@ -268,22 +287,33 @@ def main(argv: list[str]) -> None:
         print(compare(*argv[1:]))
         return
     flags = split_flags(argv, extra=("ckpt", "prompts", "out_dir", "num", "device", "recordings"))
-    if "ckpt" not in flags:
+    if "ckpt" not in flags and "recordings" not in flags:
         raise UserError("--ckpt is missing; expected a checkpoint such as .artifacts/local/demo/latest.pt")
-    path, device = flags.pop("ckpt"), pick_device(flags.pop("device", "auto"))
-    if "prompts" in flags:
-        flags["eval_prompts"] = flags.pop("prompts")
-    if "num" in flags:
-        flags["eval_num_samples"] = flags.pop("num")
-    recordings = flags.pop("recordings", None)
-    model, ckpt = load_checkpoint(path, device)
-    beside = Path(path if os.path.isdir(path) else Path(path).parent)  # an exported folder is a place of its own
-    out_dir = flags.pop("out_dir", str(beside / "eval" / f"manual_{ckpt['step']:08d}"))
-    cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
+    path, device = flags.pop("ckpt", None), pick_device(flags.pop("device", "auto"))
+    for short, field in (("prompts", "eval_prompts"), ("num", "eval_num_samples")):
+        if short in flags:
+            flags[field] = flags.pop(short)
+    recordings, out_dir = flags.pop("recordings", None), flags.pop("out_dir", None)
+    if path is None:
+        cfg = from_flags(flags)
+    else:
+        model, ckpt = load_checkpoint(path, device)
+        beside = Path(path if os.path.isdir(path) else Path(path).parent)  # an exported folder is a place of its own
+        out_dir = out_dir or str(beside / "eval" / f"manual_{ckpt['step']:08d}")
+        cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
     prompts = load_prompts(cfg, None)
     if recordings and not any(p.utt_id and os.path.isfile(os.path.join(recordings, f"{p.utt_id}.wav")) for p in prompts):
         names = next((f"such as {p.utt_id}.wav" for p in prompts if p.utt_id), "for the corpus's utterances: --prompts val")
         raise UserError(f"--recordings {recordings}: found no prompt's recording; expected files {names}")
+    if path is None:
+        if cfg.eval_judge == "none":
+            raise UserError("eval_judge = 'none': nobody listens to the recordings; expected whisper or ctc")
+        heard = judge_recordings(cfg, prompts, recordings, device)
+        print(f"{heard['count']} recordings, judge {heard['judge']}: WER {heard['wer']:.2%}, CER {heard['cer']:.2%}")
+        if out_dir:
+            make_folder(Path(out_dir))
+            write_text(Path(out_dir) / "recordings.json", json.dumps(heard))
+        return
     summary = evaluate(model, cfg, prompts, out_dir, device, ckpt["step"], path, floors=True, recordings=recordings)
     for line in (Path(out_dir) / "wer.jsonl").read_text(encoding="utf-8").strip().split("\n")[:8]:
         row = json.loads(line)
