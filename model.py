@@ -241,19 +241,26 @@ def align(scores: torch.Tensor, lengths: torch.Tensor, token_lengths: torch.Tens
     of `token_lengths` (B,), and from one position to the next the token stays or goes on by one.
     """
     B, T, L = scores.shape
-    best = torch.full((B, L), float("-inf"), device=scores.device)
-    best[:, 0] = scores[:, 0, 0]
-    came = [torch.zeros(B, L, dtype=torch.bool, device=scores.device)]  # from the token before
-    for t in range(1, T):
-        before = F.pad(best[:, :-1], (1, 0), value=float("-inf"))
-        came.append(before > best)
-        best = torch.maximum(before, best) + scores[:, t]
-    came = torch.stack(came, 1) & length_mask(lengths, T)[..., None]
-    token, path = token_lengths[:, None] - 1, []
-    for t in reversed(range(T)):
-        path.append(token)
-        token = token - came[:, t].gather(1, token).long()
-    return torch.cat(path[::-1], 1)
+    # Token by token and not position by position, since there are fewer of them, and each step costs a few launches of
+    # kernels on a GPU: the best sum to end in token n at position t is the best, over its starts, of the sum to where n - 1
+    # ended and of n's own scores from there to t, a difference of their running totals (doubles, as those grow long).
+    total = scores.double().cumsum(dim=1)
+    before = F.pad(total[:, :-1], (0, 0, 1, 0))
+    best, starts = total[:, :, 0], []
+    for n in range(1, L):
+        reached = F.pad(best[:, :-1], (1, 0), value=float("-inf")) - before[:, :, n]
+        reached, start = reached.cummax(dim=1)
+        best = total[:, :, n] + reached
+        starts.append(start)
+    end, found = lengths[:, None] - 1, [torch.full((B, 1), T, device=scores.device)] * L  # T: never
+    for n in reversed(range(1, L)):
+        inside = n < token_lengths[:, None]
+        start = starts[n - 1].gather(1, end)
+        found[n] = torch.where(inside, start, T)
+        end = torch.where(inside, (start - 1).clamp(min=0), end)
+    found[0] = torch.zeros_like(end)
+    positions = torch.arange(T, device=scores.device).repeat(B, 1)
+    return torch.searchsorted(torch.cat(found, dim=1), positions, right=True) - 1
 
 
 # --- the whole
@@ -347,7 +354,7 @@ class TTS(nn.Module):
             off = place[:, None] / lengths[:, None, None] - n / token_lengths[:, None, None]  # (B, T, L)
             scores = mel @ sound.mT - sound.square().sum(-1)[:, None] / 2
             scores = scores - DIAGONAL * token_lengths[:, None, None] * off.square()
-            path = align(scores.masked_fill(~length_mask(token_lengths, L)[:, None], float("-inf")), lengths, token_lengths)
+            path = align(scores, lengths, token_lengths)
         error = (sound.gather(1, path[..., None].expand(-1, -1, n_mels)) - mel).square().mean(dim=-1)
         # a tail of silence is on the path too, but takes no share: batch["seconds"] are those of speech
         spoken = (batch["seconds"] * (cfg.sample_rate / cfg.hop_length) / cfg.patch).round().long().clamp(min=1)
