@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import data
 import evaluator
@@ -505,8 +507,9 @@ def test_muon_gets_the_blocks_matrices_and_adamw_the_rest():
                                          "decoder.modulation.weight", "text_proj.weight"}
 
 
-def test_muon_steps_as_torchs_does():
-    """Tall, wide and square matrices together; torch's own goes through bfloat16, hence the tolerance."""
+def test_muon_steps_as_torchs_does(monkeypatch):
+    """Tall, wide and square matrices together, with torch's five quintics; torch's go through bfloat16, hence the tolerance."""
+    monkeypatch.setattr(train, "QUINTICS", {3: ((3.4445, -4.7750, 2.0315),) * 5})
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 16), (16, 32), (16, 16), (32, 16), (8, 8))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -519,8 +522,21 @@ def test_muon_steps_as_torchs_does():
             optimizer.step()
     for p, q in zip(ours, theirs):
         torch.testing.assert_close(p, q, rtol=0, atol=0.01)  # of updates of 0.02 a weight and step
-    values = torch.linalg.svdvals(orthogonal(torch.randn(4, 16, 48)))
-    assert 0.6 < values.min() and values.max() < 1.3
+
+
+@given(st.sampled_from([(16, 48), (192, 192), (192, 512), (256, 300), (257, 300), (512, 1024)]), st.integers(0, 9))
+def test_what_muon_orthogonalises_has_singular_values_near_1(shape, seed):
+    m, n = shape
+    rng = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(k, m, generator=rng))[0] for k in shape)
+    lowest = 0.02 if m <= 256 else 0.005
+    spread = torch.logspace(0, -1, m)
+    spread = (spread / spread.norm()).clamp(min=lowest)
+    found = orthogonal((left * spread @ right.T)[None] * 7)[0]
+    values = torch.linalg.svdvals(found)
+    assert 0.85 < values.min() and values.max() < 1.15
+    torch.testing.assert_close(left.T @ found @ right, torch.eye(m), atol=0.15, rtol=0)  # and the directions stay
+    assert orthogonal(torch.zeros(1, m, n)).abs().max() == 0
 
 
 def test_validation_repeats_and_does_not_depend_on_the_batch_size(demo_corpus):
