@@ -62,8 +62,8 @@ def test_where_the_target_hangs_on_the_recordings_the_judge_hears_them(demo_corp
     heard = json.loads((tmp_path / "heard" / "recordings.json").read_text())
     assert heard["count"] == 3 and heard["judge"] == "ctc" and goal == heard["wer"] + 0.02
     assert records.target(records.TRACKS["demo-cpu"], flags, "nowhere", tmp_path) == 0.05
-    with pytest.raises(UserError, match="failed; nothing was recorded"):
-        records.target(track, flags, "nowhere", tmp_path)
+    with pytest.raises(UserError, match="nothing.py failed; nothing was recorded"):
+        records.call("nothing.py")
 
 
 def test_mistakes_are_refused_before_anything_runs(tmp_path, monkeypatch):

@@ -76,8 +76,8 @@ def plan(sentences: list[str], count: int, rng: np.random.Generator) -> list[Pla
         text = str(left.pop())
         # slower than its length allows, a sentence would be longer than 10 s; an estimate, so less is aimed at
         wpm, pitch = int(rng.integers(max(WPM[0], len(text) + 20), WPM[1] + 1)), int(rng.integers(PITCH[0], PITCH[1] + 1))
-        aim = rng.triangular(SHORTEST, 0.95 * LONGEST, 0.95 * LONGEST)
-        while left and seconds(text, wpm) < aim and seconds(f"{text} {left[-1]}", wpm) < 0.92 * LONGEST:
+        aim = rng.triangular(SHORTEST, LONGEST, LONGEST)
+        while left and seconds(text, wpm) < aim and seconds(f"{text} {left[-1]}", wpm) < 0.94 * LONGEST:
             text = f"{text} {left.pop()}"
         plans.append(Plan(text, wpm, pitch))
     return plans
