@@ -42,8 +42,8 @@ TRACKS = {
                       "griffinlim".split(), "eval/cer", 0.05),
     "open-vocab-gpu": Track("configs/openvocab.yaml", "--eval_prompts test --eval_num_samples 256 --eval_judge ctc "
                             "--eval_vocoder griffinlim".split(), "eval/cer", 0.05),
-    "ljspeech-gpu": Track("configs/ljspeech.yaml", "--gpus 1 --eval_prompts test --eval_num_samples 256 --eval_judge whisper "
-                          "--eval_whisper_model base.en --eval_vocoder bigvgan".split(), "eval/wer", 0.02, True),
+    "ljspeech-gpu": Track("configs/ljspeech.yaml", "--gpus 1 --eval_prompts test --eval_num_samples 256 --eval_judge "
+                          "whisper --eval_whisper_model base.en --eval_vocoder bigvgan".split(), "eval/wer", 0.02, True),
 }
 
 
