@@ -305,7 +305,7 @@ def test_an_existing_run_and_a_changed_recipe_are_refused(demo_corpus, undisturb
     before = {p: p.read_bytes() for p in out.iterdir() if p.name != "lock"}
     with pytest.raises(UserError, match="--resume latest"):
         run(demo_corpus, out)
-    with pytest.raises(UserError, match="learning_rate was 0.003, is 0.01"):
+    with pytest.raises(UserError, match="learning_rate was 0.007, is 0.01"):
         run(demo_corpus, out, "--max_steps", 22, "--resume", "latest", "--learning_rate", 0.01)
     other = shutil.copytree(demo_corpus, tmp_path / "other")
     index = other / "metadata" / "audio_index.parquet"
