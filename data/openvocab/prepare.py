@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import audio  # noqa: E402
 from config import Config, UserError, run_cli, waiting  # noqa: E402
-from data import Utterance, write_corpus  # noqa: E402
+from data import Utterance, refuse_existing, write_corpus  # noqa: E402
 from espeak import speak  # noqa: E402
 
 LIKE = r"[A-Z][a-z]*(?:[,;]? [A-Za-z][a-z]*(?:[-'][a-z]+)?)+[.?!]"  # words and commas alone: nothing that code looks like
@@ -119,6 +119,7 @@ def main(argv: list[str]) -> None:
     args = p.parse_args(argv)
     if not 20 <= args.utterances <= 100_000:
         raise UserError(f"--utterances {args.utterances}: expected 20 to 100000")
+    refuse_existing(args.out, args.force)  # before all is read
     sentences = prose()
     if len(sentences) < 10_000:
         raise UserError(f"found {len(sentences)} plain sentences in the docstrings of {sysconfig.get_path('stdlib')} and of "
