@@ -9,6 +9,7 @@ Utilisation is the decoder's arithmetic (model.decoder_flops_per_frame, three ti
 product reaches on this device in the same precision. Nothing else should run meanwhile.
 """
 import dataclasses
+import io
 import json
 import os
 import statistics
@@ -189,8 +190,6 @@ def scaling(cfg: Config, device, steps: int) -> dict[str, dict[int, float]]:
 
 def draw(found: dict, path: Path, title: str) -> None:
     """The scaling as curves in one picture. Raises UserError if it cannot be written."""
-    import io
-
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(found)), found.items()):
@@ -202,7 +201,7 @@ def draw(found: dict, path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     image = io.BytesIO()
-    figure.savefig(image, format=path.suffix[1:] or "png", dpi=110)
+    figure.savefig(image, format=path.suffix[1:], dpi=110)
     write_bytes(path, image.getvalue())
 
 
@@ -221,9 +220,11 @@ def main(argv: list[str]) -> None:
     against, picture = flags.pop("against", None), flags.pop("scaling", None)
     name, cfg = flags.get("config", "defaults"), from_flags(flags)
     if picture:
+        if Path(picture).suffix not in (".png", ".svg") or not Path(picture).parent.is_dir():  # before minutes of measuring
+            raise UserError(f"--scaling {picture}: expected a name that ends in .png or .svg, in a folder that is there")
         found = scaling(cfg, device, steps)
-        draw(found, Path(picture), f"{name}: cost of a training step on {device.type}")
         print(json.dumps({of: {size: round(1e3 * s, 1) for size, s in points.items()} for of, points in found.items()}))
+        draw(found, Path(picture), f"{name}: cost of a training step on {device.type}")
         return
     benches = {name: Bench(cfg, device)}
     if against:

@@ -39,7 +39,10 @@ def test_how_the_cost_grows(demo_corpus, monkeypatch, capsys, tmp_path):
     assert imread(tmp_path / "scaling.png").shape[1] > 3 * imread(tmp_path / "scaling.png").shape[0]
 
 
-def test_mistakes(monkeypatch):
+def test_mistakes(monkeypatch, tmp_path):
+    for picture in ("scaling", "scaling.xyz", str(tmp_path / "none" / "scaling.png")):
+        with pytest.raises(UserError, match="--scaling.*png or .svg"):
+            main(["--device", "cpu", "--scaling", picture])
     for steps in ("0", "few"):
         with pytest.raises(UserError, match="--steps"):
             main(["--steps", steps])
