@@ -1,7 +1,7 @@
 """The `ctc` judge: a small recogniser that learns from the corpus's own recordings, so that a demo needs no Whisper.
 
     python eval/ctc.py --config configs/demo.yaml      # train it anew, save it with the corpus, report its errors
-    python eval/ctc.py --config configs/openvocab.yaml --judge_steps 6000 --judge_width 384 --device cuda
+    python eval/ctc.py --config configs/openvocab.yaml --judge_steps 6000 --judge_width 384    # on a GPU where there is one
 
 Seven convolutions with CTC on log-mels; on the embedded corpus 0.65 M parameters and about a minute on two cores. It knows
 its corpus's way of speaking and no other, and its own error on held-out recordings is reported beside every result.
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import audio  # noqa: E402
 from config import PROGRESS_SECONDS, Config, UserError, first_line, from_flags, run_cli, split_flags  # noqa: E402
 from data import Corpus, epoch_batches  # noqa: E402
+from sample import pick_device  # noqa: E402
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789' "  # CTC's blank is symbol 0
 WIDTH, DILATIONS = 128, (1, 2, 4, 1, 2, 4)  # a symbol sees 0.7 s of sound: about two words
@@ -162,9 +163,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     flags = split_flags(argv, extra=("judge_steps", "judge_width", "device"))
-    device = flags.pop("device", "cpu")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"--device {device}: expected cpu, or cuda where there is a CUDA GPU")
+    device = pick_device(flags.pop("device", "auto"))
     try:
         steps, width = (int(flags.pop(name, 0)) for name in ("judge_steps", "judge_width"))
         if min(steps, width) < 0:
