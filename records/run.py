@@ -60,7 +60,7 @@ def prepare(cfg: Config, flags: list[str]) -> None:
             raise UserError(f"no corpus at {cfg.data_dir}, and the config names no prepare_script that would make it")
         call(cfg.prepare_script, "--out", cfg.data_dir)
     if cfg.eval_judge == "ctc" and not (ROOT / cfg.data_dir / "judge_ctc.pt").exists():
-        call("eval/ctc.py", *flags, "--device", "cuda" if cfg.gpus else "cpu")
+        call("eval/ctc.py", *flags)
 
 
 def target(track: Track, flags: list[str], recordings: str, out: Path) -> float:
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--", "train.py"]
     runs = []
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
-        out = ROOT / ".artifacts" / "records" / f"{args.name}_{seed}"
+        out = HERE.parent / ".artifacts" / "records" / f"{args.name}_{seed}"
         seeded = [*flags, "--seed", str(seed)]
         goal = target(track, seeded, args.recordings, out.with_name(f"{out.name}_recordings"))
         call(*launch, *seeded, "--run_name", f"{args.name}_{seed}", "--out_dir", str(out), "--no_wandb")
