@@ -3,31 +3,33 @@
 #   ./run.sh                                   the main job: LJSpeech on 2 GPUs
 #   ./run.sh --gpus 1 --batch_size 32          any config field is a flag
 #   BATCH_SIZE=64 NUM_GPUS=2 ./run.sh
-#   ./run.sh --source /data/LJSpeech-1.1       LJSpeech that you have already, instead of a download
+#   ./run.sh --source /data/LJSpeech-1.1       use your copy of LJSpeech instead of a download
 #   ./run.sh --config configs/demo.yaml        the same job on the embedded corpus: no GPU, no downloads
 #   ./run.sh --gpus 0 --nproc 2 ...            two CPU ranks
-#   ./run.sh prepare [flags]                   set-up and the corpus, no training
-#   ./run.sh test [pytest arguments]           the tests
+#   ./run.sh prepare [flags]                   only set up and prepare the corpus
+#   ./run.sh test [--fast] [pytest arguments]  the tests; --fast: without those that take seconds
+#   ./run.sh installed                         print the mark of an up-to-date .venv; status 0 if .venv has it
 #   NNODES=2 RDZV_ENDPOINT=host:port ./run.sh  on each of two machines; under Slurm: srun --ntasks-per-node=1 ./run.sh
-# Also from the environment: RDZV_ID, the job's name (default: Slurm's job id and run_name); MAX_RESTARTS, how often training
-# starts anew when a process has died (default 0, on several machines 3); DRY_RUN=1 prints the command that would train.
+# More variables: RDZV_ID, the name of the job (default: Slurm's job id and run_name); MAX_RESTARTS, how often to restart the
+# training processes after one has died (default 0; on several machines 3); DRY_RUN=1 prints the training command only.
 set -euo pipefail
 from=$PWD
 cd "$(dirname "$0")"
 
 die() { echo "error: $*" >&2; exit 2; }
 
-# --- the virtual environment, made anew when the requirements have changed
+# --- the virtual environment, updated when the requirements change or the folder moves: an editable install stores its path
 bigvgan="bigvgan==2.4.1"
-want=$(cat requirements.txt <(echo "$bigvgan") | cksum)
+want=$({ cat requirements.txt pyproject.toml; echo "$bigvgan"; pwd -P; } | cksum)
 installed() { [ "$(cat .venv/installed 2>/dev/null)" = "$want" ]; }
+if [ "${1:-}" = installed ]; then echo "$want"; installed; exit; fi
 if ! installed; then
   python=
   for p in python3 python3.13 python3.12 python3.11 .venv/bin/python; do
     if "$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$p; break; fi
   done
   [ -n "$python" ] || die "no Python of version 3.11 or later found; install one (found: $(python3 --version 2>&1 || true))"
-  # One run.sh installs and others wait. The lock goes with the open file, so none is left behind by what was killed.
+  # Only one run.sh installs; others wait. The system drops the lock when the process ends, so a killed one leaves none behind.
   mkdir -p .venv
   exec 9> .venv/lock
   "$python" -c '
@@ -39,15 +41,15 @@ except BlockingIOError:
     print("another run.sh is installing into .venv: waiting for it to end", file=sys.stderr, flush=True)
     fcntl.flock(9, fcntl.LOCK_EX)
 except OSError as e:
-    print(f"note: cannot lock .venv/lock ({e}); let no other run.sh install at the same time", file=sys.stderr)'
+    print(f"note: cannot lock .venv/lock ({e}); do not start another run.sh during the installation", file=sys.stderr)'
   if ! installed; then
-    # what an installation left that was killed may be a Python without pip
+    # an interrupted installation can leave a Python without pip
     .venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv .venv ||
       die "python3 -m venv failed; on Debian: apt-get install python3-venv"
     pip() { .venv/bin/python -m pip install -q --disable-pip-version-check "$@"; }
     echo "installing requirements.txt into .venv (once; minutes)" >&2
     pip -r requirements.txt || die "pip could not install requirements.txt"
-    # without its dependencies: they serve its own training script, and one of them (pesq) needs a C compiler
+    # without its dependencies: they are for its own training script, and one of them (pesq) needs a C compiler
     pip --no-deps "$bigvgan" || die "pip could not install $bigvgan"
     echo "$want" > .venv/installed
   fi
@@ -57,6 +59,7 @@ PATH="$PWD/.venv/bin:$PATH"
 
 if [ "${1:-}" = test ]; then
   shift
+  if [ "${1:-}" = --fast ]; then shift; set -- -m "not slow" "$@"; fi
   exec python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 fi
 
@@ -85,36 +88,38 @@ for name in gpus nproc data_dir prepare batch_size resume run_name; do read -r "
 ranks=$((gpus > 0 ? gpus : nproc))
 corpus=$data_dir/metadata/dataset_stats.json
 
-# --- how many machines and where they meet: from the environment, or else from the srun that started this. Only srun sets
-# SLURM_STEP_*: in salloc's shell and in an sbatch script there is one run.sh, and the others would never come.
+# --- the number of machines and their meeting point: from the environment, or else from srun. Only srun sets SLURM_STEP_*.
+# In salloc's shell and in an sbatch script only one run.sh is started, so it must not wait for others.
 nnodes=${NNODES:-${SLURM_STEP_NUM_NODES:-1}}
-case "$nnodes" in *:*) die "NNODES = $nnodes: must be one number; the batch divides among a fixed number of ranks" ;; esac
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || die "NNODES = $nnodes is not a positive integer; give the number of machines"
+[[ $nnodes =~ ^[1-9][0-9]*$ ]] ||
+  die "NNODES = $nnodes is not a positive integer; give the number of machines (no range: the batch divides among all ranks)"
 [ -n "${NNODES:-}" ] || [ "${SLURM_STEP_NUM_TASKS:-$nnodes}" = "$nnodes" ] ||
-  die "srun starts $SLURM_STEP_NUM_TASKS run.sh on $nnodes machine(s); it takes one each: srun --ntasks-per-node=1"
+  die "srun starts $SLURM_STEP_NUM_TASKS run.sh on $nnodes machine(s); start one on each: srun --ntasks-per-node=1"
 max_restarts=${MAX_RESTARTS:-$((nnodes > 1 ? 3 : 0))}
 [[ $max_restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "MAX_RESTARTS = $max_restarts is not a number; 0 means no restarts"
-torchrun=(torchrun --standalone)
+# not the script torchrun: its first line names the folder where .venv was made, which may have moved
+torchrun=(python -m torch.distributed.run --standalone)
 if [ "$nnodes" -gt 1 ]; then
   endpoint=${RDZV_ENDPOINT:-}
   if [ -z "$endpoint" ] && [ -n "${SLURM_STEP_NODELIST:-}" ]; then
     hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST" 2>&1) ||
-      die "scontrol does not name the machines of $SLURM_STEP_NODELIST (${hosts##*: line *: }); set RDZV_ENDPOINT=host:port"
+      die "scontrol does not know the machines of $SLURM_STEP_NODELIST (${hosts##*: line *: }); set RDZV_ENDPOINT=host:port"
     port=$((15000 + (${SLURM_JOB_ID:-0} * 10 + ${SLURM_STEP_ID:-0}) % 10000))  # below the ports that systems hand out
     endpoint=${hosts%%$'\n'*}:$port
   fi
   { [[ $endpoint =~ ^[A-Za-z0-9._-]+:[1-9][0-9]{0,4}$ ]] && [ "${endpoint##*:}" -le 65535 ]; } ||
-    die "RDZV_ENDPOINT = '$endpoint' is not host:port; NNODES = $nnodes needs one of the machines and a free port of it"
+    die "RDZV_ENDPOINT = '$endpoint' is not host:port; NNODES = $nnodes needs one of the machines and a free port on it"
   world=$((nnodes * ranks))
   [ $((batch_size % world)) -eq 0 ] ||
     die "batch_size = $batch_size does not divide among $world ranks, $ranks on each of $nnodes machines (it counts all)"
   [ -f "$corpus" ] ||
     die "no corpus at $data_dir, and $nnodes machines would all make it; first run once: ./run.sh prepare ${args[*]}"
-  # The variable: else a machine that stayed asks for a rank 0 that came back at the port of the one that died (torch 2.13)
-  torchrun=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes "$nnodes" --rdzv-backend c10d
-            --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-${SLURM_JOB_ID:+$SLURM_JOB_ID-}$run_name}")
-  if [ -z "$resume" ]; then  # a machine that comes back must find the run
-    echo "note: NNODES = $nnodes, so a run that is there already is gone on with: adding --resume latest" >&2
+  # Without the variable, a machine that stayed looks for the new rank 0 at the port of the old one (torch 2.13)
+  torchrun=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run --nnodes "$nnodes"
+            --rdzv-backend c10d --rdzv-endpoint "$endpoint"
+            --rdzv-id "${RDZV_ID:-${SLURM_JOB_ID:+$SLURM_JOB_ID-}$run_name}")
+  if [ -z "$resume" ]; then  # a machine that is started again must continue the run
+    echo "note: NNODES = $nnodes, so an existing run is continued: adding --resume latest" >&2
     args+=(--resume latest)
   fi
 fi
@@ -122,8 +127,8 @@ fi
 # --- the command: one process, or torchrun with one for each GPU (or CPU rank)
 command=(python train.py "${args[@]}")
 if [ $((nnodes * ranks)) -gt 1 ] || [ "$max_restarts" -gt 0 ]; then
-  # torchrun passes these signals on to its workers, and kills those that are still there after the time-out: long enough for
-  # a step and a checkpoint. Without the -- it would read --nproc as its own.
+  # torchrun passes these signals on to the training processes and kills them after the timeout, which is long enough for a
+  # step and a checkpoint. Without the -- it would take --nproc for its own.
   command=("${torchrun[@]}" --nproc-per-node "$ranks" --max-restarts "$max_restarts"
            --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 -- train.py "${args[@]}")
 fi
@@ -138,10 +143,10 @@ if $training && [ "$gpus" -gt 0 ]; then
   if [ "$found" -lt "$gpus" ]; then
     use="./run.sh --config configs/demo.yaml (the same job on a small corpus, on the CPU)"
     [ "$found" -eq 0 ] || use="./run.sh --gpus $found"
-    die "$config wants $gpus GPUs and this machine has $found; use $use"
+    die "$config needs $gpus GPUs and this machine has $found; use $use"
   fi
 fi
-case "$source_dir" in ""|/*) ;; *) source_dir="$from/$source_dir" ;; esac  # named from where the user stands
+case "$source_dir" in ""|/*) ;; *) source_dir="$from/$source_dir" ;; esac  # relative to the user's folder
 if [ -n "$source_dir" ] && [ -f "$corpus" ]; then
   echo "note: $data_dir is prepared already, so --source is not read" >&2
 fi
