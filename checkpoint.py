@@ -1,24 +1,30 @@
-"""A voice on disk: a run's checkpoints, read without running code, and folders of safetensors for sharing."""
+"""A voice on disk: a run's checkpoints, and exported folders of safetensors for sharing. Reading them runs no code."""
+import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import warnings
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from config import FIELDS, REFUSED, Config, UserError, first_line, load_yaml, parse_value, to_yaml, validate
+from common import UserError, first_line, replacing
+from config import Config, field_name, load_yaml, parse_value, to_yaml, validate
 from model import TTS, load_tts
 
+# Fields that may change when a run is resumed; so may all eval_ fields
+FREE_TO_CHANGE = ("run_name out_dir resume gpus nproc dtype compile data_dir prepare_script loader_threads batch_size "
+                  "max_steps max_epochs max_train_seconds max_skipped_steps log_interval val_interval val_num_samples "
+                  "checkpoint_interval keep_checkpoints no_wandb wandb_project wandb_url").split()
+
+
+# --- reading
 
 def read_checkpoint(path: str) -> dict:
-    """What a checkpoint file or an exported folder holds, without running code from it. Raises UserError if it is neither.
-
-    Its entries have the right types, save those of config, which `checkpoint_config` checks.
-    """
+    """The content of a checkpoint file or an exported folder. Raises UserError if it is neither."""
     if os.path.isdir(path):
         ckpt = read_export(Path(path))
     elif not os.path.isfile(path):
@@ -26,37 +32,31 @@ def read_checkpoint(path: str) -> dict:
                         "which training writes")
     else:
         try:
-            if zipfile.is_zipfile(path):  # torch reads no checksums, and of what is marked as a folder nothing
+            if zipfile.is_zipfile(path):  # torch.load ignores the zip's checksums, so check them here
                 with zipfile.ZipFile(path) as parts:
-                    if parts.testzip() or any(part.external_attr & 16 for part in parts.infolist()):
-                        raise ValueError("a part is not what was written")
-            with warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
+                    if damaged := parts.testzip():
+                        raise ValueError(f"{damaged} is damaged")
+            with warnings.catch_warnings(action="ignore"):  # torch's, about files that it refuses anyway
                 ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # zip, pickle and torch errors of many types
-            why = first_line(e)
-            raise UserError(f"{path} cannot be read as a checkpoint: " + (why if why == REFUSED else (
-                f"it is cut off, damaged, or not one of this project's ({type(e).__name__})"))) from None
-    def weights(part):
-        return isinstance(part, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in part.items())
-    if not (isinstance(ckpt, dict) and weights(ckpt.get("model")) and weights(ckpt.get("ema", {})) and
-            isinstance(ckpt.get("config"), dict) and type(ckpt.get("step")) is int and
-            isinstance(ckpt.get("characters", ""), str)):
-        raise UserError(f"{path} is not a checkpoint of this project: expected the entries model and ema (names and "
-                        "tensors), config (names and values), step (a whole number) and characters (a text)")
+        except Exception as e:  # zip, pickle and torch raise many types
+            raise UserError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is cut off or damaged, or has "
+                            "more than tensors, numbers and texts, which could run code; use one that train.py wrote"
+                            ) from None
+    types = {"model": dict, "config": dict, "step": int}
+    if not isinstance(ckpt, dict) or any(not isinstance(ckpt.get(name), kind) for name, kind in types.items()):
+        raise UserError(f"{path} is not a checkpoint of this project: expected the entries {', '.join(types)}")
     return ckpt
 
 
 def checkpoint_config(ckpt: dict, path: str) -> Config:
     """The config saved in a checkpoint. Raises UserError if this version of the code does not know a key or value of it."""
-    unknown = [str(key) for key in ckpt["config"] if key not in FIELDS]
-    if unknown:
-        raise UserError(f"{path} was written by another version of the code: unknown config keys {', '.join(unknown)}")
     try:
-        cfg = validate(Config(**{key: parse_value(key, value, "its config") for key, value in ckpt["config"].items()}))
+        cfg = validate(Config(**{field_name(key, "its config"): parse_value(key, value, "its config")
+                                 for key, value in ckpt["config"].items()}))
     except UserError as e:
-        raise UserError(f"{path} holds a config that cannot work: {e}") from None
+        raise UserError(f"{path} was written by another version of the code, or its config cannot work: {e}") from None
     if cfg.mel_mean is None or cfg.mel_std is None:
-        raise UserError(f"{path} holds no mel_mean and mel_std of a corpus in its config; training puts them there")
+        raise UserError(f"{path} has no mel_mean and mel_std in its config; training puts the corpus's there")
     return cfg
 
 
@@ -67,45 +67,116 @@ def load_checkpoint(path: str, device) -> tuple[TTS, dict]:
     return model.eval().to(device), ckpt
 
 
+# --- a run's checkpoints
+
+def save_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, step: int, rest: dict) -> None:
+    """Write ckpt_step_<step>.pt and latest.pt, each complete or not at all, and delete old numbered ones.
+
+    `rest` holds what else the run needs to go on. Raises UserError or RuntimeError, as the disk and torch.save do.
+    """
+    out = Path(cfg.out_dir)
+    numbered, latest = out / f"ckpt_step_{step:08d}.pt", out / "latest.pt"
+    with replacing(numbered) as tmp, open(tmp, "wb") as f:
+        torch.save({"model": model.saved_state(), "ema": ema, "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step, "config": dataclasses.asdict(cfg), **rest}, f)
+        f.flush()
+        os.fsync(f.fileno())  # without it, a power failure could leave the new name on an empty file
+    with replacing(latest) as tmp:
+        try:
+            os.link(numbered, tmp)  # the same file under a second name
+        except OSError:  # a file system without hard links
+            tmp.write_bytes(numbered.read_bytes())
+    for old in sorted(out.glob("ckpt_step_*.pt"))[:-cfg.keep_checkpoints]:
+        old.unlink()
+
+
+def last_checkpoint(out: Path) -> str:
+    return str(out / "latest.pt") if (out / "latest.pt").exists() else "none yet"
+
+
+@contextmanager
+def naming_checkpoint(out: Path, step: int):
+    """Add to a UserError of the block from where the run can go on."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{e}; stopped at step {step}, the last good checkpoint is {last_checkpoint(out)}") from None
+
+
+def find_resume(cfg: Config) -> str | None:
+    """The path of the checkpoint to go on from, None for a fresh start. Raises UserError if out_dir holds another run."""
+    latest, metrics = (os.path.join(cfg.out_dir, name) for name in ("latest.pt", "metrics.jsonl"))
+    if cfg.resume:
+        return cfg.resume if cfg.resume != "latest" else latest if os.path.exists(latest) else None
+    if os.path.exists(latest) or (os.path.exists(metrics) and os.path.getsize(metrics)):
+        raise UserError(f"{cfg.out_dir} holds a run already; add --resume latest to go on with it, or name another "
+                        "--run_name, or delete the folder")
+    return None
+
+
+def resume_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, corpus: str) -> dict:
+    """Load the checkpoint that cfg.resume names into model, optimisers and averages, and return it.
+
+    A fresh start returns {"step": 0}. `corpus` is the fingerprint of the corpus. Raises UserError if that or a field that
+    shapes training has changed.
+    """
+    path = find_resume(cfg)
+    if path is None:
+        return {"step": 0}
+    ckpt = read_checkpoint(path)
+    if "optimizers" not in ckpt:
+        raise UserError(f"{path} holds no optimiser state; only checkpoints that train.py wrote can be resumed")
+    changed = [f"{k} was {v!r}, is {getattr(cfg, k, None)!r}" for k, v in ckpt["config"].items()
+               if k not in FREE_TO_CHANGE and not k.startswith("eval_") and getattr(cfg, k, None) != v]
+    if ckpt.get("corpus") != corpus:
+        changed.append(f"the corpus was {str(ckpt.get('corpus'))[:12]}, is {corpus[:12]} (fingerprints)")
+    if changed:
+        raise UserError(f"cannot go on from {path}, these differ: {'; '.join(changed)}. Restore the old values, or start "
+                        "another run")
+    try:
+        model.load_state_dict(ckpt["model"], strict=False)
+        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for name in ema:
+            ema[name].copy_(ckpt["ema"][name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"cannot go on from {path}: it does not fit this version of the code ({type(e).__name__}: "
+                        f"{first_line(e)[:120]})") from None
+    return ckpt
+
+
 # --- folders for sharing
 
 def export(model: TTS, step: int, folder: str, characters: str = "") -> None:
-    """Write what sampling needs of a loaded checkpoint: model.safetensors, config.yaml and corpus.json, whole or not at all.
+    """Write the parts of a checkpoint that sampling needs: model.safetensors, config.yaml and corpus.json.
 
-    A pretrained text encoder that was not trained stays out: its name brings it back. `characters` are those of the corpus's
-    texts. Raises UserError.
+    A pretrained text encoder that was not trained is left out, because its name brings it back. `characters` are those of
+    the corpus's texts. Raises UserError.
     """
-    out, cfg, state = Path(folder), model.cfg, model.saved_state()
-    if os.path.exists(out):
+    cfg, state = model.cfg, model.saved_state()
+    if os.path.exists(folder):
         raise UserError(f"{folder} exists already; name another folder to export to, or delete it")
     weights = safetensors.torch.save(state)
-    about = {"step": step, "mel_mean": cfg.mel_mean, "mel_std": cfg.mel_std, "text_encoder": cfg.text_encoder_name,
-             "text_encoder_included": any(name.startswith("text_encoder.") for name in state),
-             "characters": characters, "model_sha256": hashlib.sha256(weights).hexdigest()}
-    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    about = {"step": step, "mel_mean": cfg.mel_mean, "mel_std": cfg.mel_std, "characters": characters,
+             "model_sha256": hashlib.sha256(weights).hexdigest()}
+    with replacing(Path(folder)) as tmp:
         tmp.mkdir(parents=True)
         (tmp / "model.safetensors").write_bytes(weights)
         (tmp / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
         (tmp / "corpus.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        tmp.rename(out)
-    except OSError as e:
-        raise UserError(f"cannot write {folder}: {first_line(e)}") from None
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def read_export(folder: Path) -> dict:
-    """An exported folder as a checkpoint's entries. Raises UserError if a file is missing, damaged, or not the others'."""
+    """An exported folder as a checkpoint's entries. Raises UserError if a file is missing, damaged, or of another export."""
     try:
         about, config = json.loads((folder / "corpus.json").read_bytes()), load_yaml(folder / "config.yaml")
         weights = (folder / "model.safetensors").read_bytes()
         if hashlib.sha256(weights).hexdigest() != about["model_sha256"]:
-            raise ValueError("model.safetensors has another SHA-256 than corpus.json says")
+            raise ValueError("model.safetensors does not have the SHA-256 of corpus.json")
         if any(about[name] != config.get(name) for name in ("mel_mean", "mel_std")):
             raise ValueError("mel_mean and mel_std of config.yaml are not those of corpus.json")
         return {"model": safetensors.torch.load(weights), "config": config, "step": about["step"],
                 "characters": about.get("characters", "")}
-    except Exception as e:  # of files, JSON, safetensors and missing entries
-        raise UserError(f"{folder} is not what sample.py --export writes, or it is damaged ({type(e).__name__}: "
-                        f"{first_line(e)}); to use a run's own checkpoint, name its latest.pt") from None
+    except Exception as e:  # missing files and entries, damaged JSON and safetensors
+        raise UserError(f"{folder} is not a folder that sample.py --export wrote, or it is damaged ({type(e).__name__}: "
+                        f"{first_line(e)}); for a run's own checkpoint, name its latest.pt") from None

@@ -1,0 +1,117 @@
+"""The optimisers (Muon and AdamW), the learning-rate schedule, and the moving average of the weights."""
+import math
+from contextlib import contextmanager
+
+import torch
+
+from config import Config
+
+# Odd quintics, applied in turn, that bring singular values between 0.02 (with three; 0.005 with four) and 1 to 1 ± 0.1. Each
+# has the smallest maximal error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). They were
+# found by linear programming on a grid. A matrix divided by its norm has singular values around 1 / sqrt(rows), so a larger
+# one needs four. The usual five quintics end between 0.7 and 1.1 and gave no better speech (records/README.md).
+QUINTICS = {3: ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.594, 0.4107)),
+            4: ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978),
+                (2.1895, -1.5672, 0.4079))}
+
+
+def orthogonalise(x: torch.Tensor) -> torch.Tensor:
+    """Wide matrices (N, m, n), m <= n, with all singular values brought near 1, by matrix products only (Newton-Schulz)."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for a, b, c in QUINTICS[3 if x.shape[1] <= 256 else 4]:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with an orthogonalised update (Jordan et al. 2024), for matrices only.
+
+    The update is scaled to AdamW's RMS (arXiv 2502.16982), so that the learning rates of both have the same scale.
+    torch.optim.Muon processes the matrices one by one and in bfloat16. A CPU without bfloat16 instructions emulates that,
+    which made a step twenty times slower. This one batches matrices of equal shape, and uses float32 on a CPU.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for (_, longer), alike in shapes.items():
+                grads = [p.grad for p in alike]
+                averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in alike]
+                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, averages, group["momentum"])
+                tall = [p.shape[0] > p.shape[1] for p in alike]
+                wide = torch.stack([u.T if t else u for u, t in zip(updates, tall)])
+                wide = orthogonalise(wide.bfloat16()).float() if wide.is_cuda else orthogonalise(wide)
+                torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(alike, [u.T if t else u for u, t in zip(wide, tall)],
+                                    alpha=-group["lr"] * 0.2 * longer**0.5)
+
+
+def make_optimizers(model, cfg: Config) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks, AdamW for all other trainable parameters of a TTS."""
+    encoder = getattr(model.text_encoder, "encoder", None) or model.text_encoder
+    blocks = [*model.decoder.blocks, *model.text_blocks, *encoder.children()]
+    inside = {m.weight for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)}
+    matrices = [p for p in model.parameters() if p.requires_grad and p in inside]
+    rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    fused = {"fused": True} if next(model.parameters()).is_cuda else {}
+    return [Muon(matrices, cfg.learning_rate, cfg.weight_decay, cfg.muon_momentum),
+            torch.optim.AdamW(rest, lr=cfg.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, **fused)]
+
+
+def lr_factor(step: int, cfg: Config) -> float:
+    """The learning rate at a step, divided by its peak: linear warm-up, then cfg.lr_decay down to min_lr_ratio."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    left = {"linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress), "constant": 1.0}[cfg.lr_decay]
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
+
+
+def set_learning_rates(optimizers: list, cfg: Config, step: int) -> float:
+    """Set both optimisers' learning rates for a step. Returns Muon's."""
+    factor = lr_factor(step, cfg)
+    for optimizer, peak in zip(optimizers, (cfg.learning_rate, cfg.adamw_learning_rate)):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor
+    return cfg.learning_rate * factor
+
+
+def start_ema(model, decay: float) -> dict[str, torch.Tensor]:
+    """The average of each trainable parameter, by name, before the first step. Empty if `decay` is 0 (off)."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad} if decay else {}
+
+
+def update_ema(ema: dict, model, decay: float, step: int) -> None:
+    """Move the averages towards the weights. The decay grows over the first steps, to forget the random start soon."""
+    if not ema:
+        return
+    decay = min(decay, (1 + step) / (10 + step))
+    weights = dict(model.named_parameters())
+    torch._foreach_lerp_(list(ema.values()), [weights[name].detach() for name in ema], 1 - decay)
+
+
+@contextmanager
+def averaged(model, ema: dict):
+    """Give the model its averaged weights, in evaluation mode, for the duration of the block."""
+    weights = dict(model.named_parameters())
+
+    def swap():
+        for name, average in ema.items():
+            held = weights[name].data
+            weights[name].data, ema[name] = average, held
+    swap()
+    model.eval()
+    try:
+        yield
+    finally:
+        swap()
+        model.train()

@@ -1,0 +1,86 @@
+"""
+python -m pytest tests/test_optim.py
+
+The learning-rate schedule, Muon against torch's, and the moving average of the weights.
+"""
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_model import small_model
+
+import optim
+from config import Config
+from optim import Muon, averaged, lr_factor, make_optimizers, orthogonalise, update_ema
+
+
+def test_the_learning_rate_follows_its_schedule():
+    linear = Config(max_steps=100, warmup_steps=10, lr_decay="linear", min_lr_ratio=0.1)
+    assert [lr_factor(step, linear) for step in (0, 9, 10, 100)] == pytest.approx([0.1, 1, 1, 0.1])
+    cosine = Config(max_steps=100, warmup_steps=0, lr_decay="cosine")
+    factors = [lr_factor(step, cosine) for step in range(101)]
+    assert factors[50] == pytest.approx(0.5) and factors[100] == pytest.approx(0, abs=1e-12)
+    assert factors == sorted(factors, reverse=True)
+    assert lr_factor(99, Config(max_steps=100, warmup_steps=0, lr_decay="constant")) == 1
+
+
+def test_muon_trains_the_matrices_of_blocks_and_adamw_all_others():
+    model = small_model()
+    muon, adamw = ({p for group in o.param_groups for p in group["params"]} for o in make_optimizers(model, model.cfg))
+    names = {p: name for name, p in model.named_parameters()}
+    assert muon | adamw == set(names) and not muon & adamw
+    assert all(".block" in names[p] or names[p].startswith("text_blocks.") for p in muon)
+    assert {names[p] for p in adamw} >= {"text_encoder.shared.weight", "decoder.inp.weight", "decoder.out.weight",
+                                         "decoder.modulation.weight", "text_proj.weight"}
+
+
+def test_muon_steps_as_torchs_does(monkeypatch):
+    """Tall, wide and square matrices together, with torch's five quintics. Torch rounds to bfloat16, so allow for that."""
+    monkeypatch.setattr(optim, "QUINTICS", {3: ((3.4445, -4.7750, 2.0315),) * 5})
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 16), (16, 32), (16, 16), (32, 16), (8, 8))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    pairs = [(Muon(ours, 0.1, 0.05, 0.9), ours),
+             (torch.optim.Muon(theirs, 0.1, 0.05, 0.9, adjust_lr_fn="match_rms_adamw"), theirs)]
+    for step in range(3):
+        for optimizer, weights in pairs:
+            for n, p in enumerate(weights):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + n))
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.01)  # a step changes a weight by 0.02
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (192, 192), (192, 512), (256, 300), (257, 300)])
+def test_orthogonalised_matrices_have_singular_values_near_1(shape):
+    rng, m = torch.Generator().manual_seed(sum(shape)), shape[0]
+    left, right = (torch.linalg.qr(torch.randn(k, m, generator=rng))[0] for k in shape)
+    spread = torch.logspace(0, -1, m)
+    spread = (spread / spread.norm()).clamp(min=0.02 if m <= 256 else 0.005)
+    found = orthogonalise((left * spread @ right.T)[None] * 7)[0]
+    values = torch.linalg.svdvals(found)
+    assert 0.85 < values.min() and values.max() < 1.15
+    torch.testing.assert_close(left.T @ found @ right, torch.eye(m), atol=0.15, rtol=0)  # the singular vectors stay
+    assert orthogonalise(torch.zeros(1, *shape)).abs().max() == 0
+
+
+@given(decay=st.floats(0.5, 0.999), step=st.integers(0, 2000))
+def test_the_average_moves_by_its_decay(decay, step):
+    model = torch.nn.Linear(3, 3)
+    before = model.weight.detach().clone()
+    ema = {"weight": before.clone()}
+    with torch.no_grad():
+        model.weight += 1.0
+    update_ema(ema, model, decay, step)
+    moved = 1 - min(decay, (1 + step) / (10 + step))
+    torch.testing.assert_close(ema["weight"], before + moved)
+
+
+def test_averaged_weights_are_used_inside_the_block_only():
+    model = small_model().train()
+    ema = {name: p.detach() + 1.0 for name, p in model.named_parameters()}
+    trained, average = model.no_text.detach().clone(), ema["no_text"].clone()
+    with pytest.raises(ZeroDivisionError), averaged(model, ema):
+        assert not model.training and torch.equal(model.no_text.data, average)
+        raise ZeroDivisionError  # the weights come back after an error too
+    assert model.training and torch.equal(model.no_text.data, trained) and torch.equal(ema["no_text"], average)
