@@ -1,72 +1,69 @@
-"""Text to speech from a checkpoint. The repo's one sampler lives here: Euler steps with classifier-free guidance.
+"""Text to speech from a checkpoint. This file holds the repo's one sampler: Euler steps with classifier-free guidance.
 
     python sample.py --ckpt .artifacts/local/demo/latest.pt --text "My brother painted the old bridge." --out x.wav
     python sample.py --ckpt RUN/latest.pt --text "…" --steps 50 --cfg_scale 2.0 --seed 7 --speed 1.2 --out x.wav
-    python sample.py --ckpt RUN/latest.pt --file lines.txt --out DIR       # a wav a line, and a page to listen to
-    python sample.py --ckpt RUN/latest.pt --out book.wav < book.txt        # of any length, a sentence at a time
-    echo "Hello." | python sample.py --ckpt RUN/latest.pt --out - | aplay  # wav to a pipe
-    python sample.py --ckpt RUN/latest.pt --serve                          # a page to type into, on 127.0.0.1
-    python sample.py --ckpt RUN/latest.pt --export VOICE     # a folder to share: safetensors, which cannot hold code
+    python sample.py --ckpt RUN/latest.pt --file lines.txt --out DIR       # one wav per line, and a page to listen to them
+    python sample.py --ckpt RUN/latest.pt --out book.wav < book.txt        # a text of any length
+    echo "Hello." | python sample.py --ckpt RUN/latest.pt --out - | aplay  # to a pipe, one sentence after another
+    python sample.py --ckpt RUN/latest.pt --serve                          # a web page to type into (serve.py)
+    python sample.py --ckpt RUN/latest.pt --export VOICE     # a folder to share, with weights that cannot contain code
     python sample.py --ckpt VOICE --text "…" --out x.wav
 """
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import math
-import re
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from sentencex import get_sentence_boundaries
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
 from audio import denormalise, load_vocoder, wav_stream
 from checkpoint import export, load_checkpoint
-from config import Config, UserError, first_line, run_cli, waiting
+from common import UserError, make_folder, pick_device, progress, run_cli, tell, warn, write_file
+from config import Config
 from eval.measures import clearest_head
-from eval.page import draw, draw_mel, write_bytes, write_page
+from eval.page import write_page
+from eval.picture import mel_png, save_map
 from model import TTS, autocast
+from text import Piece, has_words, read_sentences, split_pieces
 
-SENTENCE, PARAGRAPH, CUT = 0.25, 0.6, 0.1  # seconds of silence behind each, and where a sentence was too long
-MOST_HELD = 1 << 16  # characters without an end of a sentence that are kept to look for one
-MOST_DRAWN = 60.0  # seconds of sound in a picture
+PLOTTED_SECONDS = 60.0  # of speech, at most, in the picture that --plot writes
 
+
+# --- the sampler
 
 def text_noise(text: str, frames: int, n_mels: int, seed: int) -> torch.Tensor:
-    """Gaussian noise (frames, n_mels) that depends on (seed, text) alone, not on what else is in the batch."""
+    """Gaussian noise (frames, n_mels) that depends on the seed and the text, and not on the rest of the batch."""
     key = int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:7], "big")
     return torch.randn(frames, n_mels, generator=torch.Generator().manual_seed(key))
 
 
 @torch.inference_mode()
 def read_texts(model: TTS, texts: list[str], batch_size: int = 16) -> list[tuple]:
-    """Of each text: its projected tokens (L, D), their shares of the time (L,), and the seconds it will last.
+    """For each text: its projected tokens (L, D), their shares of the duration (L,), and the duration in seconds.
 
-    Raises UserError for a text without a letter or digit, or longer than the text encoder reads.
+    Raises UserError for a text that has no letter or digit, or more tokens than the text encoder reads.
     """
-    for text in texts:
-        if not any(c.isalnum() for c in text):
-            raise UserError(f"nothing to say in the text {text!r}; expected some words")
-        if any("\ud800" <= c <= "\udfff" for c in text):  # what Python makes of bytes that are not UTF-8
-            raise UserError(f"the text {text!r} is not Unicode; expected UTF-8")
     tokens = [torch.tensor(model.tokenise(text)) for text in texts]
     for text, row in zip(texts, tokens):
-        if model.most_tokens and len(row) > model.most_tokens:
+        if not has_words(text):
+            raise UserError(f"nothing to say in the text {text!r}; expected some words")
+        if len(row) > model.most_tokens:
             raise UserError(f"the text that begins {text[:30]!r} has {len(row)} tokens, more than the {model.most_tokens} "
                             "that the text encoder reads; split it into sentences and speak them one by one")
     device, read = next(model.parameters()).device, []
     for start in range(0, len(texts), batch_size):
         part = tokens[start:start + batch_size]
-        lengths = torch.tensor([len(p) for p in part], device=device)
+        lengths = torch.tensor([len(row) for row in part], device=device)
         with autocast(model.cfg, device):
-            features = model.encode(torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device), lengths)
+            features = model.encode(pad_sequence(part, batch_first=True).to(device), lengths)
             log_seconds, log_share = model.durations(features, lengths)
         seconds = log_seconds.exp().tolist()
         if not all(map(math.isfinite, seconds)):
@@ -77,313 +74,210 @@ def read_texts(model: TTS, texts: list[str], batch_size: int = 16) -> list[tuple
 
 @torch.inference_mode()
 def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0, seed: int = 0,
-           seconds: float | None = None, batch_size: int = 16, maps: list | None = None, speed: float = 1.0,
-           progress: str | None = None) -> list[torch.Tensor]:
-    """Speak texts: a list of log-mels, each (frames, n_mels) float32 on the CPU, in the order of `texts`.
+           seconds: float | None = None, batch_size: int = 16, attention_maps: list | None = None, speed: float = 1.0,
+           desc: str | None = None) -> list[torch.Tensor]:
+    """The texts as log-mels, each (frames, n_mels) float32 on the CPU.
 
-    Durations are predicted, and divided by `speed`, unless `seconds` gives one for all; none exceeds cfg.block_size frames.
-    Utterances of like length share a batch, and an utterance's outcome does not depend on its batch. `cfg_scale` w mixes
-    velocities as without + w (with - without) (arXiv 2207.12598); at 1 the text-free half is not computed. A list given as
-    `maps` gets each text's cross-attention at the middle step: (positions, tokens) of the head that tells it in the clearest
-    order. A bar of the name `progress` shows what takes longer than two seconds. Raises UserError for a text that
-    `read_texts` refuses, and for numbers out of range.
+    Each text lasts `seconds`, or its predicted duration divided by `speed`, and at most cfg.block_size frames. Texts of
+    similar duration share a batch; the result for a text does not depend on its batch. Guidance w = `cfg_scale` uses the
+    velocity without + w (with - without), with and without text (arXiv 2207.12598). If a list is given as `attention_maps`,
+    the cross-attention (positions, tokens) of each text's clearest head at the middle step is appended to it. `desc` is the
+    name of a progress bar. Raises UserError for options out of range and for texts that `read_texts` refuses.
     """
-    cfg, device = model.cfg, next(model.parameters()).device
-    if (steps < 1 or not 0 <= cfg_scale < math.inf or not 0 < speed < math.inf
-            or (seconds is not None and not 0 < seconds < math.inf)):
+    in_range = steps >= 1 and 0 <= cfg_scale < math.inf and 0 < speed < math.inf
+    if not in_range or (seconds is not None and not 0 < seconds < math.inf):
         raise UserError(f"steps = {steps}, cfg_scale = {cfg_scale}, speed = {speed}, seconds = {seconds}: expected at least "
                         "one step, guidance of 0 or more, and a speed and a duration above 0")
-    read = read_texts(model, texts, batch_size)
-    features, shares = [f for f, _, _ in read], [share for _, share, _ in read]
-    spoken = [seconds or predicted / speed for _, _, predicted in read]
-    frames = [min(cfg.block_size, max(1, round(s * cfg.sample_rate / cfg.hop_length))) for s in spoken]
+    cfg, device, read = model.cfg, next(model.parameters()).device, read_texts(model, texts, batch_size)
+    frames = [min(cfg.block_size, max(1, round((seconds or predicted / speed) * cfg.sample_rate / cfg.hop_length)))
+              for _, _, predicted in read]
     order = sorted(range(len(texts)), key=lambda i: frames[i])
-    mels, looks = [None] * len(texts), [None] * len(texts)
-    bar = waiting(total=len(texts) * steps, desc=progress, unit="step", disable=progress is None)
+    mels, maps = [None] * len(texts), [None] * len(texts)
+    bar = progress(total=len(texts) * steps, desc=desc, unit="step", disable=desc is None)
     for start in range(0, len(texts), batch_size):
         rows = order[start:start + batch_size]
-        n = torch.tensor([frames[i] for i in rows], device=device)
-        token_lengths = torch.tensor([len(features[i]) for i in rows], device=device)
-        x = torch.nn.utils.rnn.pad_sequence([text_noise(texts[i], frames[i], cfg.n_mels, seed) for i in rows],
-                                            batch_first=True).to(device)
-        feature, share = (torch.nn.utils.rnn.pad_sequence([of[i] for i in rows], batch_first=True)
-                          for of in (features, shares))
-        drop = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        guided = cfg_scale != 1
-        if guided:  # the half without text rides in the same batch
-            drop = torch.cat([drop, ~drop])
-            feature, share = feature.repeat(2, 1, 1), share.repeat(2, 1)
-            n, token_lengths = n.repeat(2), token_lengths.repeat(2)
+        noise = [text_noise(texts[i], frames[i], cfg.n_mels, seed) for i in rows]
+        x = pad_sequence(noise, batch_first=True).to(device)  # (B, T, n_mels)
+        both = rows if cfg_scale == 1 else rows * 2  # with guidance, the second half of the batch is computed without text
+        no_text = torch.arange(len(both), device=device) >= len(rows)
+        features, share = (pad_sequence([read[i][part] for i in both], batch_first=True) for part in (0, 1))
+        token_lengths = torch.tensor([len(read[i][0]) for i in both], device=device)
+        mel_lengths = torch.tensor([frames[i] for i in both], device=device)
         with autocast(cfg, device):
-            text, path = model.condition(feature, drop), model.path(share, n, token_lengths)
-            where = model.positions(share, token_lengths)
+            text, alignment = model.condition(features, no_text), model.allot(share, mel_lengths, token_lengths)
+            positions = model.token_positions(share, token_lengths)
             for k in range(steps):
-                t = torch.full(n.shape, 1 - k / steps, device=device)
-                seen = [] if maps is not None and k == steps // 2 else None
-                noisy = x.repeat(2, 1, 1) if guided else x
-                velocity = model.decoder(noisy, t, text, where, n, token_lengths, path, seen).float()
-                for i, look in zip(rows, torch.stack(seen, dim=1).cpu().numpy() if seen else ()):  # the half with text
-                    looks[i] = clearest_head(look[:, :, :-(-frames[i] // cfg.patch), :len(features[i])])
-                if guided:
-                    given, without = velocity.chunk(2)
-                    velocity = without + cfg_scale * (given - without)
+                t = torch.full(mel_lengths.shape, 1 - k / steps, device=device)
+                weights = [] if attention_maps is not None and k == steps // 2 else None
+                velocity = model.decoder(x.repeat(len(both) // len(rows), 1, 1), t, text, positions, mel_lengths,
+                                         token_lengths, alignment, weights).float()
+                if weights:  # a list with (B, heads, positions, tokens) of each block
+                    for i, of_text in zip(rows, torch.stack(weights, dim=1).cpu().numpy()):
+                        maps[i] = clearest_head(of_text[:, :, :math.ceil(frames[i] / cfg.patch), :len(read[i][0])])
+                if cfg_scale != 1:
+                    with_text, without = velocity.chunk(2)
+                    velocity = without + cfg_scale * (with_text - without)
                 x = x - velocity / steps
                 bar.update(len(rows))
         for i, mel in zip(rows, x):
-            mels[i] = denormalise(mel[:frames[i]].float().cpu(), cfg)
+            mels[i] = denormalise(mel[:frames[i]].cpu(), cfg)
     bar.close()
-    if maps is not None:
-        maps += looks
+    if attention_maps is not None:
+        attention_maps += maps
     return mels
 
 
 # --- long texts
 
-class Piece(NamedTuple):
-    """What is spoken in one go, of the line (from 0) of a file, with the seconds of silence behind it."""
-    line: int
-    text: str
-    pause: float
+def read_pieces(model: TTS, texts: Iterable[Iterable[str]], speed: float = 1.0, whole: bool = False,
+                characters: str = "") -> Iterator[Piece]:
+    """Texts, each an iterable of its parts, as pieces that the model can speak. Piece.line is the number of the text.
 
-
-def read_sentences(parts: Iterable[str]) -> Iterator[tuple[str, float]]:
-    """The sentences of a text that comes in parts, each with the silence behind it; only the last ones stay in memory."""
-    held = ""
-    for part in itertools.chain(parts, [None]):
-        held += part or ""
-        found = get_sentence_boundaries("en", held) if held.strip() else []
-        # what comes last may go on in the next part
-        done = len(found) if part is None or len(held) > MOST_HELD else max(0, len(found) - 2)
-        for n, sentence in enumerate(found[:done]):
-            text = " ".join(sentence["text"].split())
-            if any(c.isalnum() for c in text):
-                yield text, PARAGRAPH if n + 1 < len(found) and found[n + 1]["is_paragraph_break"] else SENTENCE
-        held = "".join(sentence["text"] for sentence in found[done:])
-
-
-def cut(text: str, fits) -> list[str]:
-    """A text in parts that fit: halved behind a clause where there is one, else between words, else anywhere."""
-    if not fits(text):
-        for mark in (r"(?<=[,;:–—])\s+", r"\s+", ""):
-            cuts = [m.span() for m in re.finditer(mark, text) if 0 < m.start() and m.end() < len(text)]
-            if cuts:
-                left, right = min(cuts, key=lambda span: abs(sum(span) - len(text)))
-                return cut(text[:left], fits) + cut(text[right:], fits)
-    return [text]
-
-
-def read_pieces(model: TTS, sentences: Iterable[tuple[str, float]], speed: float, line: int = 0) -> Iterator[Piece]:
-    """Sentences as pieces that the text encoder reads whole and the model speaks within its longest utterance."""
-    cfg = model.cfg
-    longest = cfg.block_size * cfg.hop_length / cfg.sample_rate
+    A piece is within the limits of the text encoder and of the longest utterance in training, or with `whole` an uncut text.
+    Warns once of each character that is not one of `characters`, those of the training texts. Raises UserError if there is
+    nothing to say.
+    """
+    longest = model.cfg.block_size * model.cfg.hop_length / model.cfg.sample_rate  # seconds
 
     def fits(text):
-        if model.most_tokens and len(model.tokenise(text)) > model.most_tokens:
-            return False
-        return not any(c.isalnum() for c in text) or read_texts(model, [text])[0][2] / speed <= longest
-    for text, pause in sentences:
-        parts = [part for part in cut(text, fits) if any(c.isalnum() for c in part)]
-        yield from (Piece(line, part, CUT if n < len(parts) else pause) for n, part in enumerate(parts, 1))
+        return len(model.tokenise(text)) <= model.most_tokens and read_texts(model, [text])[0][2] / speed <= longest
+    known, piece = set(characters), None
+    for n, parts in enumerate(texts):
+        for piece in [Piece(n, "".join(parts), 0.0)] if whole else split_pieces(read_sentences(parts), fits, n):
+            if known and (unknown := sorted(set(piece.text) - known)):
+                known.update(unknown)
+                warn(f"the corpus's texts have no {' '.join(map(repr, unknown))}; the model may say anything there")
+            yield piece
+    if piece is None:
+        raise UserError("nothing to say; expected some words")
 
 
-def speak(model: TTS, vocode, pieces: Iterator[Piece], takes: int, seed: int, batch_size: int, **how) -> Iterator[tuple]:
-    """(piece, log-mels, wavs) one after another, the last two with an entry for each of `takes`, whose seeds count up.
+def synthesize(model: TTS, vocode, pieces: Iterable[Piece], batch_size: int, **options) -> Iterator[tuple]:
+    """(piece, log-mel, wav) for each piece. `options` are those of `sample`.
 
-    The first piece goes alone, so that whoever listens to a pipe hears it soon; then they go by batches. `how` is sample's.
+    The first piece is a batch of its own, so that a listener soon hears something.
     """
     pieces, size = iter(pieces), 1
     while batch := list(itertools.islice(pieces, size)):
-        texts = [piece.text for piece in batch]
-        mels = [sample(model, texts, seed=seed + take, batch_size=batch_size, **how) for take in range(takes)]
-        for n, piece in enumerate(batch):
-            yield piece, [mel[n] for mel in mels], [vocode(mel[n]) for mel in mels]
+        for piece, mel in zip(batch, sample(model, [piece.text for piece in batch], batch_size=batch_size, **options)):
+            yield piece, mel, vocode(mel)
         size = batch_size
 
 
 # --- the command line
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N as a device. Raises UserError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: found {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
-        torch.empty(0, device=device)
-    except RuntimeError as e:
-        raise UserError(f"--device {name}: {first_line(e)}; expected auto, cpu or cuda") from None
-    return device
+def add_voice_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that sample.py and serve.py share."""
+    p.add_argument("--ckpt", required=True, help="a checkpoint file, or a folder that --export wrote")
+    p.add_argument("--steps", type=int, help="Euler steps; default: the run's eval_steps")
+    p.add_argument("--cfg_scale", "--cfg-scale", type=float, help="guidance, 1: none; default: the run's eval_cfg_scale")
+    p.add_argument("--vocoder", default="auto", choices=["auto", "bigvgan", "griffinlim"])
+    p.add_argument("--vocoder_model", "--vocoder-model", help="BigVGAN's hub id or folder; default: eval_vocoder_model")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
-def read_stdin() -> Iterator[str]:
-    """Standard input as it comes. Raises UserError if it is not text."""
-    try:
-        yield from iter(lambda: sys.stdin.readline(1 << 16), "")
-    except UnicodeDecodeError as e:
-        raise UserError(f"standard input is not UTF-8 text: {e}") from None
-
-
-def read_lines(path: str) -> list[str]:
-    """The lines of a file that have something to say. Raises UserError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read --file {path}: {e}; expected UTF-8 text, a line an utterance") from None
-    lines = [" ".join(line.split()) for line in lines if any(c.isalnum() for c in line)]
-    if not lines:
-        raise UserError(f"--file {path} has nothing to say; expected a line an utterance")
-    return lines
+def load_voice(args: argparse.Namespace) -> tuple:
+    """The model, a function from log-mel to wav, and the checkpoint. Sets args.steps and args.cfg_scale if they are None."""
+    device = pick_device(args.device)
+    model, ckpt = load_checkpoint(args.ckpt, device)
+    cfg = model.cfg
+    args.steps = cfg.eval_steps if args.steps is None else args.steps
+    args.cfg_scale = cfg.eval_cfg_scale if args.cfg_scale is None else args.cfg_scale
+    return model, load_vocoder(args.vocoder, args.vocoder_model or cfg.eval_vocoder_model, device, cfg), ckpt
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", required=True, help="a checkpoint file, or a folder that --export wrote")
-    p.add_argument("--text", help="what to say; without it and --file, standard input")
-    p.add_argument("--file", help="a text file: each line becomes a wav of its own")
-    p.add_argument("--out", help="the wav file to write, - for standard output; with --file the folder")
-    p.add_argument("--export", metavar="DIR", help="write a folder for sharing, and speak nothing")
-    p.add_argument("--serve", action="store_true", help="a page to type into; needs gradio")
-    p.add_argument("--host", default="127.0.0.1", help="where that page listens; 0.0.0.0 is everywhere")
-    p.add_argument("--port", type=int, default=7860)
-    p.add_argument("--steps", type=int, help="Euler steps; default: the run's eval_steps")
-    p.add_argument("--cfg_scale", type=float, help="guidance: 1 is none; default: the run's eval_cfg_scale")
-    p.add_argument("--seconds", type=float, help="duration of the text as a whole; default: predicted")
-    p.add_argument("--speed", type=float, default=1.0, help="over that of the corpus")
-    p.add_argument("--num_samples", type=int, default=1, help="so many takes, of seeds that count up: x_0.wav, x_1.wav, …")
+    add_voice_flags(p)
+    task = p.add_mutually_exclusive_group()
+    task.add_argument("--text", help="the text to speak; default: standard input")
+    task.add_argument("--file", help="a text file; each line becomes its own wav")
+    task.add_argument("--export", metavar="DIR", help="write a folder to share, and speak nothing")
+    task.add_argument("--serve", action="store_true", help="start serve.py, with its flags")
+    p.add_argument("--out", help="the wav to write, or - for standard output; with --file the folder")
+    p.add_argument("--seconds", type=float, help="duration of the whole text; default: predicted, sentence by sentence")
+    p.add_argument("--speed", type=float, default=1.0, help="relative to the training recordings")
+    p.add_argument("--num_samples", "--num-samples", type=int, default=1, help="takes: x_0.wav, x_1.wav, …; seeds count up")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--plot", nargs="?", const="", metavar="PNG", help="draw the log-mel; default: beside --out")
-    p.add_argument("--vocoder", default="auto", choices=["auto", "bigvgan", "griffinlim"])
-    p.add_argument("--vocoder_model", help="BigVGAN's hub id or folder; default: the run's eval_vocoder_model")
-    p.add_argument("--device", default="auto")
-    # flags are written with - or _, but text given as a value may hold either
-    args = p.parse_args([re.sub(r"^--[^ =]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv])
-    if args.export is not None or args.serve:
-        if {args.text, args.file, args.out, args.plot} != {None} or (args.export is not None and args.serve):
-            raise UserError("--export and --serve each go without the other, and without --text, --file, --out and --plot")
-        return args
-    if args.out is None or (args.text is not None and args.file is not None):
-        raise UserError("expected --out with --text, with --file or with a text on standard input, to speak; or --export "
-                        "DIR, to write a folder for sharing; or --serve")
-    if args.text is None and args.file is None and sys.stdin.isatty():
+    args = p.parse_args(argv)
+    if args.out is None and args.export is None:
+        raise UserError("expected --out, to speak; or --export DIR, to write a folder to share; or --serve")
+    if args.num_samples < 1 or (args.out == "-" and (args.num_samples > 1 or args.file is not None or args.plot == "")):
+        raise UserError("expected at least one sample; and with --out - only one, no --file, and --plot with a name")
+    if all(source is None for source in (args.text, args.file, args.export)) and sys.stdin.isatty():
         raise UserError("nothing to say: give --text, --file, or a text on standard input")
-    if args.num_samples < 1 or (args.num_samples > 1 and args.out == "-"):
-        raise UserError(f"--num_samples {args.num_samples}: expected 1 or more, and 1 where --out is a pipe")
-    if args.file is not None and (args.out == "-" or args.seconds is not None or args.plot is not None):
-        raise UserError("--file writes numbered wavs, pictures and a page into a folder; it goes without --out -, --seconds "
-                        "and --plot")
-    if args.plot == "" and args.out == "-":
-        raise UserError("--plot beside a pipe needs a name: --plot x.png")
+    if any("\ud800" <= c <= "\udfff" for c in args.text or ""):  # Python's stand-ins for bytes that it cannot decode
+        raise UserError(f"--text {args.text!r} is not UTF-8")
     return args
 
 
-def warn_of_strangers(text: str, alphabet: set[str], say) -> None:
-    """Say which characters of a text the model has never been trained on, each once."""
-    if strange := sorted(set(text) - alphabet) if alphabet else []:
-        alphabet.update(strange)
-        say(f"warning: the corpus's texts have no {' '.join(map(repr, strange))}; how that is spoken is left to chance")
+def read_lines(path: str | None) -> Iterator[str]:
+    """The lines of a file, or of standard input if the path is None. Raises UserError."""
+    try:
+        # sys.stdin itself does not refuse other bytes in every locale
+        with open(sys.stdin.fileno() if path is None else path, encoding="utf-8-sig", closefd=path is not None) as f:
+            yield from f
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path or 'standard input'}: {e}; expected UTF-8 text") from None
 
 
-def take_name(out: str, take: int, takes: int) -> str:
-    return out if takes == 1 else f"{Path(out).with_suffix('')}_{take}{Path(out).suffix}"
+def write_speech(spoken: Iterable[tuple], args, lines: list[str], take: int, cfg: Config) -> Iterator[dict]:
+    """Write one take: a wav for each line, piece by piece as they come, and pictures. Yields each wav's row of wer.jsonl."""
+    for n, of_line in itertools.groupby(spoken, key=lambda item: item[0].line):
+        path = Path(args.out) if args.file is None else Path(args.out, f"{n:06d}.wav")
+        path = path if args.num_samples == 1 else path.with_stem(f"{path.stem}_{take}")
+        seconds, pause, mels = 0.0, 0, []
+        with wav_stream(str(path), cfg.sample_rate) as append:
+            for piece, mel, wav in of_line:
+                append(np.concatenate([np.zeros(pause, np.float32), wav]))
+                if sum(map(len, mels)) * cfg.hop_length < PLOTTED_SECONDS * cfg.sample_rate:
+                    mels.append(mel)
+                seconds += (pause + len(wav)) / cfg.sample_rate
+                pause = round(piece.pause * cfg.sample_rate)
+        row = {"idx": n * args.num_samples + take, "audio": path.name, "reference": lines[n], "predicted_seconds": seconds}
+        if args.file is not None:
+            row["mel_png"] = save_map(path.with_name(f"{path.stem}_mel.png"), np.concatenate(mels), cfg)
+        elif args.plot is not None and take == 0:
+            write_file(args.plot or Path(args.out).with_suffix(".png"), mel_png(np.concatenate(mels), cfg))
+        yield row
 
 
 def main(argv: list[str]) -> None:
+    if "--serve" in argv:  # serve.py imports this file, so it is started and not imported
+        flags = [flag for flag in argv if flag != "--serve"]
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("serve.py")), *flags])
     args = parse(argv)
-    device = pick_device(args.device)
-    model, ckpt = load_checkpoint(args.ckpt, device)
-    alphabet, cfg = set(ckpt.get("characters", "")), model.cfg
     if args.export is not None:
+        model, ckpt = load_checkpoint(args.ckpt, "cpu")
         export(model, ckpt["step"], args.export, ckpt.get("characters", ""))
         print(f"{args.export}: model.safetensors, config.yaml and corpus.json; speak with --ckpt {args.export}")
         return
-    vocode = load_vocoder(args.vocoder, args.vocoder_model or cfg.eval_vocoder_model, device, cfg)
-    steps, cfg_scale = (default if given is None else given for given, default in
-                        ((args.steps, cfg.eval_steps), (args.cfg_scale, cfg.eval_cfg_scale)))
-    if args.serve:
-        import serve
-        return serve.serve(model, vocode, steps, cfg_scale, args.host, args.port)
-
-    def say(message):
-        tqdm.write(message, sys.stderr if args.out == "-" else sys.stdout)
-
-    how = {"steps": steps, "cfg_scale": cfg_scale, "seconds": args.seconds, "speed": args.speed}
-    sample(model, [], **how)  # refuses what is out of range
-    whole = args.seconds is not None
+    model, vocode, ckpt = load_voice(args)
+    cfg, out, start = model.cfg, Path(args.out), time.time()
+    options = {"steps": args.steps, "cfg_scale": args.cfg_scale, "seconds": args.seconds, "speed": args.speed}
+    sample(model, [], **options)  # raises UserError for options out of range
+    if args.seconds is not None and args.seconds > (longest := cfg.block_size * cfg.hop_length / cfg.sample_rate):
+        warn(f"--seconds {args.seconds} is more than the model's longest utterance; the speech will last {longest:.2f} s")
+    lines = [args.text]
     if args.file is not None:
-        lines = read_lines(args.file)
-        pieces = (piece for n, line in enumerate(lines)
-                  for piece in read_pieces(model, read_sentences([line]), args.speed, n))
-    elif whole:
-        pieces = [Piece(0, "".join(read_stdin()) if args.text is None else args.text, 0.0)]
-    else:
-        sentences = read_sentences([args.text] if args.text is not None else read_stdin())
-        pieces = read_pieces(model, sentences, args.speed)
-    start = time.time()
-    spoken = speak(model, vocode, pieces, args.num_samples, args.seed, cfg.eval_batch_size, **how)
-    bar = waiting(spoken, desc="speaking", unit=" sentences")
-    if args.file is None:
-        seconds, mels = write_one(args, bar, alphabet, say, cfg)
-    else:
-        seconds = write_many(args, lines, bar, alphabet, say, cfg)
-    took = time.time() - start
-    if whole and len(mels[0]) == cfg.block_size:
-        say(f"note: the speech was held to the longest utterance the model knows, {cfg.block_size} frames")
-    say(f"{args.out}: {seconds:.2f} s of speech in {took:.2f} s, real-time factor {took / seconds:.2f}")
-
-
-def write_one(args, spoken, alphabet, say, cfg: Config) -> tuple[float, list]:
-    """Write what is spoken to one wav, or to one a take. Returns the seconds of sound and the first log-mels."""
-    seconds, mels = 0.0, []
-    with contextlib.ExitStack() as files:
-        adds = [files.enter_context(wav_stream(take_name(args.out, take, args.num_samples), cfg.sample_rate))
-                for take in range(args.num_samples)]
-        pause = 0
-        for piece, piece_mels, wavs in spoken:
-            warn_of_strangers(piece.text, alphabet, say)
-            for add, wav in zip(adds, wavs):
-                add(np.zeros(pause, np.float32))
-                add(wav)
-                seconds += (pause + len(wav)) / cfg.sample_rate
-            pause = round(piece.pause * cfg.sample_rate)
-            if sum(map(len, mels)) * cfg.hop_length < MOST_DRAWN * cfg.sample_rate:
-                mels.append(piece_mels[0].numpy())
-        if not mels:
-            raise UserError(f"nothing to say in {'standard input' if args.text is None else repr(args.text)}; expected some "
-                            "words")
-    if args.plot is not None:
-        write_bytes(Path(args.plot or Path(args.out).with_suffix(".png")), draw_mel(np.concatenate(mels), cfg))
-    return seconds, mels
-
-
-def write_many(args, lines: list[str], spoken, alphabet, say, cfg: Config) -> float:
-    """Write a wav and a picture a line and take, and a page over them. Returns the seconds of sound."""
-    out, seconds = Path(args.out), 0.0
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror}; name another --out") from None
+        lines = [" ".join(line.split()) for line in read_lines(args.file) if has_words(line)]
+    texts = [read_lines(None) if line is None else [line] for line in lines]  # each one as an iterable of its parts
+    pieces = read_pieces(model, texts, args.speed, args.seconds is not None, ckpt.get("characters", ""))
+    make_folder(out if args.file is not None else out.parent)
     rows = []
-    for n, of_line in itertools.groupby(spoken, key=lambda item: item[0].line):
-        of_line = list(of_line)
-        warn_of_strangers(lines[n], alphabet, say)
-        for take in range(args.num_samples):
-            name = take_name(f"{n:06d}.wav", take, args.num_samples)
-            mel = np.concatenate([mels[take].numpy() for _, mels, _ in of_line])
-            length = 0
-            with wav_stream(str(out / name), cfg.sample_rate) as add:
-                for k, (piece, _, wavs) in enumerate(of_line):
-                    pause = round(piece.pause * cfg.sample_rate) if k + 1 < len(of_line) else 0
-                    add(np.concatenate([wavs[take], np.zeros(pause, np.float32)]))
-                    length += (len(wavs[take]) + pause) / cfg.sample_rate
-            rows.append({"idx": len(rows), "audio": name, "reference": lines[n], "predicted_seconds": length,
-                         "mel_png": draw(out / f"{Path(name).stem}_mel.png", mel, cfg)})
-            seconds += length
-    write_bytes(out / "wer.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    summary = {"ckpt": args.ckpt, "prompts": args.file, "count": len(rows), "seed": args.seed}
-    write_bytes(out / "summary.json", json.dumps(summary, indent=1).encode())
-    write_page(out)
-    return seconds
+    for take, copy in enumerate(itertools.tee(pieces, args.num_samples)):
+        spoken = synthesize(model, vocode, copy, cfg.eval_batch_size, seed=args.seed + take, **options)
+        rows += write_speech(progress(spoken, desc="speaking", unit=" sentences"), args, lines, take, cfg)
+    if args.file is not None:
+        rows.sort(key=lambda row: row["idx"])
+        write_file(out / "wer.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        summary = {"ckpt": args.ckpt, "prompts": args.file, "count": len(rows), "seed": args.seed}
+        write_file(out / "summary.json", json.dumps(summary, indent=1))
+        write_page(out)
+    seconds, took = sum(row["predicted_seconds"] for row in rows), time.time() - start
+    tell(f"{args.out}: {seconds:.2f} s of speech in {took:.2f} s, real-time factor {took / seconds:.2f}",
+         sys.stderr if args.out == "-" else None)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""The sampler, its command line, and the checkpoints it reads."""
+"""The sampler, its command line, and exported folders."""
+import contextlib
 import copy
 import dataclasses
 import io
-import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,18 +19,21 @@ from test_model import small_model
 
 import audio
 import evaluator
-from checkpoint import export, load_checkpoint, read_checkpoint
-from config import UserError, from_flags
-from sample import CUT, PARAGRAPH, SENTENCE, cut, pick_device, read_pieces, read_sentences, sample, text_noise
+from checkpoint import export, load_checkpoint
+from common import UserError
+from config import from_flags
 from sample import main as sample_main
+from sample import read_pieces, sample, text_noise
+from text import CUT, PARAGRAPH, SENTENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["One short line.", "This is a text that is quite a bit longer than the first one.", "And a third, of middle size."]
+FAST = ["--steps", "1", "--vocoder", "griffinlim", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model().eval()
+    return small_model(block_size=256).eval()
 
 
 @pytest.fixture(scope="module")
@@ -44,56 +45,68 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def patched():
-    """Two frames a position: an utterance of an odd number of frames shares its last position with padding."""
-    return small_model(patch=2).eval()
+    """Two frames per position: an utterance with an odd number of frames shares its last position with padding."""
+    return small_model(patch=2, block_size=256).eval()
 
 
 @given(patches=st.booleans(), order=st.permutations(range(3)), batch_size=st.integers(1, 4), scale=st.sampled_from([0.0, 1.0, 2.0]))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_an_utterance_does_not_depend_on_its_batch(model, patched, patches, order, batch_size, scale):
     model = patched if patches else model
-    together = sample(model, [TEXTS[i] for i in order], steps=3, cfg_scale=scale, batch_size=batch_size)
+    together = sample(model, [TEXTS[i] for i in order], steps=2, cfg_scale=scale, batch_size=batch_size)
     for i, mel in zip(order, together):
-        alone, = sample(model, [TEXTS[i]], steps=3, cfg_scale=scale)
+        alone, = sample(model, [TEXTS[i]], steps=2, cfg_scale=scale)
         torch.testing.assert_close(mel, alone, rtol=1e-3, atol=1e-3)
 
 
-def test_euler_integrates_a_known_velocity_exactly(model):
-    """For the velocity x1 - x0 of one fixed x0, Euler lands on x0 whatever the number of steps, and guidance mixes as said."""
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_euler_integrates_a_straight_path_exactly(model, steps):
+    """The velocity x1 - x0 of one fixed x0 leads to x0, whatever the number of steps and the guidance."""
     target = 0.25
     straight = copy.deepcopy(model)
     straight.decoder.forward = lambda x, t, *_: (x - target) / t[:, None, None]
-    for steps in (1, 2, 7):
-        mel, = sample(straight, ["hello"], steps=steps, cfg_scale=2.0)
-        torch.testing.assert_close(mel, torch.full_like(mel, target * 2.0 - 5.0), rtol=1e-4, atol=1e-4)
+    mel, = sample(straight, ["hello"], steps=steps, cfg_scale=2.0)
+    torch.testing.assert_close(mel, torch.full_like(mel, target * 2.0 - 5.0), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_mixes_the_two_velocities(model):
     halves = copy.deepcopy(model)  # velocity 1 with the text, 0 without
     halves.decoder.forward = lambda x, *_: torch.cat([torch.ones_like(x[:len(x) // 2]), torch.zeros_like(x[len(x) // 2:])])
     mel, = sample(halves, ["hello"], steps=4, cfg_scale=3.0)
     torch.testing.assert_close((mel + 5.0) / 2.0, text_noise("hello", len(mel), 80, 0) - 3.0, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_maps_come_in_the_order_of_the_texts(patched):
+    maps = []
+    mels = sample(patched, TEXTS, steps=2, attention_maps=maps, batch_size=2)
+    assert [m.shape for m in maps] == [((len(mel) + 1) // 2, len(text) + 1) for mel, text in zip(mels, TEXTS)]
+    for attention_map in maps:
+        np.testing.assert_allclose(attention_map.sum(axis=1), 1, atol=1e-4)  # no weight on padding
+
+
 def test_seeds_and_durations(model):
     a, b = (sample(model, ["hello"], steps=2, seed=s)[0] for s in (0, 1))
     assert a.shape == b.shape and not torch.equal(a, b)
     assert torch.equal(a, sample(model, ["hello"], steps=2, seed=0)[0])
+    assert len(sample(model, ["hello"], steps=1, speed=2.0)[0]) == pytest.approx(len(a) / 2, abs=1)
     assert len(sample(model, ["hello"], steps=1, seconds=1.0)[0]) == 86
     assert len(sample(model, ["hello"], steps=1, seconds=999.0)[0]) == model.cfg.block_size
     assert sample(model, [], steps=1) == []
-    nan, inf = float("nan"), float("inf")
-    for wrong in (dict(texts=[" .,!"]), dict(steps=0), dict(cfg_scale=-1), dict(cfg_scale=nan), dict(cfg_scale=inf), dict(seconds=0),
-                  dict(seconds=nan), dict(seconds=inf), dict(texts=["caf\udce9"])):
-        with pytest.raises(UserError):
-            sample(model, **{"texts": ["a"]} | wrong)
+
+
+@pytest.mark.parametrize("options", [
+    {"texts": [" .,!"]}, {"steps": 0}, {"cfg_scale": -1}, {"cfg_scale": float("nan")}, {"cfg_scale": float("inf")}, {"seconds": 0},
+    {"seconds": float("nan")}, {"seconds": float("inf")}, {"speed": 0}, {"speed": float("nan")}])
+def test_options_out_of_range_are_refused(model, options):
+    with pytest.raises(UserError, match="expected"):
+        sample(model, **{"texts": ["a"]} | options)
 
 
 def test_a_text_beyond_the_encoders_limit_is_refused(model):
-    """ByT5's tokens are bytes and one for the end."""
+    """ByT5's tokens are the bytes, and one for the end."""
     assert len(sample(model, ["a" * 1023], steps=1, seconds=0.1)) == 1
     with pytest.raises(UserError, match="1025 tokens, more than the 1024 .* split it"):
         sample(model, ["short", "ä" * 512], steps=1, seconds=0.1)
-    unlimited = copy.copy(model)
-    unlimited.most_tokens = None
-    assert len(sample(unlimited, ["a" * 1100], steps=1, seconds=0.1)) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -104,90 +117,67 @@ def test_a_diverged_duration_is_one_clear_error(model, value):
         sample(diverged, ["hello"], steps=1)
 
 
-def speak(checkpoint, *flags):
-    return subprocess.run([sys.executable, "sample.py", "--ckpt", str(checkpoint), *map(str, flags)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+# --- the command line
 
-
-def test_command_line_speaks(checkpoint, tmp_path):
-    out = tmp_path / "x.wav"
-    done = speak(checkpoint, "--text", "- Hello there, --you!", "--out", out, "--steps", 2, "--cfg-scale", 1.5, "--seconds", 0.5,
-                 "--vocoder", "griffinlim", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert "real-time factor" in done.stdout
+def test_a_text_becomes_a_wav(model, checkpoint, tmp_path, capsys):
+    out = tmp_path / "new" / "x.wav"
+    sample_main(["--ckpt", str(checkpoint), *FAST, "--text", "- Hello there, --you!", "--out", str(out), "--cfg-scale", "1.5", "--seconds", "0.5"])
+    assert "real-time factor" in capsys.readouterr().out
     wav, rate = soundfile.read(out)
     assert rate == 22050 and len(wav) == 43 * 256 and np.isfinite(wav).all()
+    sample_main(["--ckpt", str(checkpoint), *FAST, "--text", "Short.", "--out", str(out), "--seconds", "99"])
+    assert soundfile.info(out).frames == model.cfg.block_size * 256 and "will last 2.97 s" in capsys.readouterr().err
+    sample_main(["--ckpt", str(checkpoint), *FAST, "--text", "One short line.", "--out", str(out), "--speed", "2"])
+    assert soundfile.info(out).frames == pytest.approx(len(sample(model, ["One short line."], steps=1)[0]) * 128, abs=256)
 
 
-def test_command_line_refuses(checkpoint, tmp_path):
-    done = speak(checkpoint, "--text", "…", "--out", tmp_path / "x.wav")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing to say" in done.stderr
-    assert not list(tmp_path.iterdir())
-    done = speak(tmp_path / "none.pt", "--text", "a", "--out", tmp_path / "x.wav")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no checkpoint" in done.stderr
-
-
-def test_command_line_wants_to_do_one_thing(checkpoint, tmp_path, monkeypatch):
-    text, out, export_to = ["--text", "a"], ["--out", str(tmp_path / "x.wav")], ["--export", str(tmp_path / "v")]
-    lines = tmp_path / "lines.txt"
-    lines.write_text("a\n")
+@pytest.mark.parametrize("flags, complaint", [
+    ([], "expected --out"), (["--text", "a"], "expected --out"), (["--out", "x.wav"], "nothing to say: give --text"),
+    (["--text", "a", "--out", "x.wav", "--num_samples", "0"], "expected at least one sample"),
+    (["--text", "a", "--out", "-", "--num-samples", "2"], "with --out - only one"), (["--file", "lines.txt", "--out", "-"], "no --file"),
+    (["--text", "a", "--out", "-", "--plot"], "--plot with a name"), (["--text", "a", "--out", "x.wav", "--speed", "0"], "speed = 0"),
+    (["--text", "a", "--out", "x.wav", "--steps", "0"], "steps = 0"), (["--file", "none", "--out", "x"], "cannot read none"),
+    (["--file", "latin1.txt", "--out", "x"], "cannot read latin1.txt: .* expected UTF-8"),
+    (["--text", "caf\udce9", "--out", "x.wav"], "is not UTF-8"), (["--text", "…", "--out", "x.wav"], "nothing to say"),
+    (["--text", "…", "--out", "x.wav", "--seconds", "1"], "nothing to say"), (["--text", "a", "--out", "lines.txt/x.wav"], "cannot write"),
+    (["--ckpt", "none.pt", "--text", "a", "--out", "x.wav"], "no checkpoint")])
+def test_mistakes_are_refused_and_leave_no_file(checkpoint, tmp_path, monkeypatch, flags, complaint):
+    monkeypatch.chdir(tmp_path)
+    Path("lines.txt").write_text("a\n")
+    Path("latin1.txt").write_bytes(b"caf\xe9\n")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    for flags, complaint in (
-            ([], "expected --out with --text"), (text, "expected --out with --text"), (out, "nothing to say: give --text"),
-            ([*text, *out, "--file", str(lines)], "expected --out with --text"), (export_to + text + out, "each go without"),
-            (export_to + text, "each go without"), (export_to + out, "each go without"), ([*export_to, "--serve"], "each go without"),
-            (["--serve", *out], "each go without"), ([*text, *out, "--num_samples", "0"], "--num_samples 0: expected 1 or more"),
-            ([*text, "--out", "-", "--num-samples", "2"], "expected 1 or more, and 1 where"),
-            (["--file", str(lines), "--out", "-"], "goes without --out -"), (["--file", str(lines), *out, "--plot"], "and --plot"),
-            ([*text, "--out", "-", "--plot"], "needs a name"), ([*text, *out, "--speed", "0"], "speed = 0"),
-            ([*text, *out, "--steps", "0"], "steps = 0"),
-            (["--file", str(tmp_path / "none"), *out], "cannot read --file"), (["--text", " ", *out], "nothing to say in ' '")):
-        with pytest.raises(UserError, match=complaint):
-            sample_main(["--ckpt", str(checkpoint), *flags])
-    assert os.listdir(tmp_path) == ["lines.txt"]
+    with pytest.raises(UserError, match=complaint):
+        sample_main(["--ckpt", str(checkpoint), *flags])
+    assert sorted(os.listdir(tmp_path)) == ["latin1.txt", "lines.txt"]
 
 
-# --- long texts
-
-BOOK = ("Mr. Smith went home at 5 p.m. on foot. He said: \"Stop it!\" Then he left... Did he?\n\nA new paragraph. It is short, "
-        "in a line\nthat goes on. — Ünïcode, too! No end")
-
-
-@given(cuts=st.lists(st.integers(0, len(BOOK)), max_size=8).map(sorted))
-def test_sentences_do_not_depend_on_how_the_text_comes(cuts):
-    parts = [BOOK[a:b] for a, b in zip([0, *cuts], [*cuts, len(BOOK)])]
-    assert list(read_sentences(parts)) == [
-        ("Mr. Smith went home at 5 p.m. on foot.", SENTENCE), ('He said: "Stop it!"', SENTENCE), ("Then he left...", SENTENCE),
-        ("Did he?", PARAGRAPH), ("A new paragraph.", SENTENCE), ("It is short, in a line that goes on.", SENTENCE),
-        ("— Ünïcode, too!", SENTENCE), ("No end", SENTENCE)]
+@contextlib.contextmanager
+def standard_input(data: bytes, folder, monkeypatch):
+    (folder / "stdin").write_bytes(data)
+    with open(folder / "stdin") as f:
+        monkeypatch.setattr("sys.stdin", f)
+        yield
 
 
-def test_a_text_without_end_is_read_as_it_comes():
-    endless = read_sentences(itertools.repeat("One more sentence. And "))
-    assert [next(endless)[0] for _ in range(500)][-1] == "And One more sentence."
-    unbroken = read_sentences(itertools.repeat("word " * 100))  # which never comes to the end of a sentence
-    assert 60_000 < len(next(unbroken)[0]) < 70_000
+def test_standard_input_that_is_not_text_is_refused(checkpoint, tmp_path, monkeypatch):
+    with standard_input(b"caf\xe9", tmp_path, monkeypatch), pytest.raises(UserError, match="cannot read standard input: .* expected UTF-8"):
+        sample_main(["--ckpt", str(checkpoint), *FAST, "--out", str(tmp_path / "x.wav")])
 
 
-@given(text=st.text(alphabet="ab ,;–é😀", min_size=1, max_size=60), most=st.integers(1, 12))
-def test_what_is_too_long_is_cut_and_nothing_is_lost(text, most):
-    parts = cut(text, lambda part: len(part.encode()) <= most + 4)
-    assert "".join("".join(parts).split()) == "".join(text.split())
-    assert all(len(part.encode()) <= most + 4 or len(part) == 1 for part in parts)
+@pytest.mark.parametrize("flags", [["--text", "a", "--file", "b"], ["--text", "a", "--export", "b"], ["--file", "a", "--export", "b"]])
+def test_one_task_at_a_time(flags, capsys):
+    with pytest.raises(SystemExit):
+        sample_main(["--ckpt", "c", "--out", "o", *flags])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
-def test_cuts_are_behind_clauses_then_between_words():
-    assert cut("one two, three four", lambda part: len(part) < 15) == ["one two,", "three four"]
-    assert cut("one two three four", lambda part: len(part) < 15) == ["one two", "three four"]
-
-
-def test_long_texts_become_one_wav_of_pieces_and_pauses(model, checkpoint, tmp_path, monkeypatch, capsys):
-    """Each piece sounds as it does alone; a sentence too long for the text encoder is cut, and takes differ by their seeds."""
-    flags = ["--ckpt", str(checkpoint), "--steps", "1", "--vocoder", "griffinlim", "--device", "cpu"]
-    text = "One short line. Two!\n\n" + "word " * 60 + "end."
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    sample_main([*flags, "--out", str(tmp_path / "x.wav"), "--num-samples", "2", "--plot"])
-    pieces = list(read_pieces(model, read_sentences([text]), 1.0))
+@pytest.mark.slow
+def test_a_long_text_becomes_one_wav_of_pieces_and_pauses(model, checkpoint, tmp_path, monkeypatch, capsys):
+    """Each piece sounds as it does alone. A sentence that would last too long is cut. Takes have seeds that count up."""
+    text = "One short line. Two!\n\n" + "word " * 9 + "end."
+    with standard_input(text.encode(), tmp_path, monkeypatch):
+        sample_main(["--ckpt", str(checkpoint), *FAST, "--out", str(tmp_path / "x.wav"), "--num-samples", "2", "--plot"])
+    pieces = list(read_pieces(model, [[text]]))
     assert " ".join(piece.text for piece in pieces).split() == text.split()
     assert [piece.pause for piece in pieces] == [SENTENCE, PARAGRAPH, *[CUT] * (len(pieces) - 3), SENTENCE] and len(pieces) > 3
     for take in (0, 1):
@@ -198,14 +188,12 @@ def test_long_texts_become_one_wav_of_pieces_and_pauses(model, checkpoint, tmp_p
         wav, _ = soundfile.read(tmp_path / f"x_{take}.wav", dtype="float32")
         np.testing.assert_allclose(wav, np.concatenate(expected[:-1]).clip(-1, 1), atol=0.05)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and "real-time factor" in capsys.readouterr().out
-    sample_main([*flags, "--out", str(tmp_path / "fast.wav"), "--text", "One short line.", "--speed", "2"])
-    assert soundfile.info(tmp_path / "fast.wav").frames == pytest.approx(len(sample(model, ["One short line."], steps=1)[0]) * 128, abs=256)
 
 
-def test_a_pipe_gets_a_wav_and_nothing_else(checkpoint, monkeypatch, capfdbinary):
-    monkeypatch.setattr("sys.stdin", io.StringIO("One. Two."))
+def test_a_pipe_gets_a_wav_and_nothing_else(checkpoint, tmp_path, monkeypatch, capfdbinary):
     monkeypatch.setattr("sys.stdout", SimpleNamespace(fileno=lambda: 1))
-    sample_main(["--ckpt", str(checkpoint), "--out", "-", "--steps", "1", "--device", "cpu"])
+    with standard_input(b"One. Two.", tmp_path, monkeypatch):
+        sample_main(["--ckpt", str(checkpoint), *FAST, "--out", "-"])
     out, err = capfdbinary.readouterr()
     wav, rate = soundfile.read(io.BytesIO(out))
     assert rate == 22050 and len(wav) > SENTENCE * rate and np.abs(wav).max() > 0 and b"real-time factor" in err
@@ -216,34 +204,34 @@ def test_a_reader_that_goes_away_is_one_line(checkpoint, monkeypatch):
     os.close(reading)
     monkeypatch.setattr("sys.stdout", SimpleNamespace(fileno=lambda: writing))
     with pytest.raises(UserError, match="closed the pipe"):
-        sample_main(["--ckpt", str(checkpoint), "--out", "-", "--text", "One. Two.", "--steps", "1", "--device", "cpu"])
+        sample_main(["--ckpt", str(checkpoint), *FAST, "--out", "-", "--text", "One. Two."])
     os.close(writing)
 
 
-def test_a_file_of_lines_becomes_numbered_wavs_and_a_page(checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("takes", [1, 2])
+def test_a_file_of_lines_becomes_numbered_wavs_and_a_page(checkpoint, tmp_path, capsys, takes):
     ckpt = torch.load(checkpoint, weights_only=True) | {"characters": "Onet .woTrhi"}
     torch.save(ckpt, tmp_path / "c.pt")
     (tmp_path / "lines.txt").write_text("One. Two.\n\n  Three <b>é</b>\né\n", encoding="utf-8")
-    sample_main(["--ckpt", str(tmp_path / "c.pt"), "--file", str(tmp_path / "lines.txt"), "--out", str(tmp_path / "out"), "--steps", "1",
-                 "--device", "cpu"])
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        [f"{n:06d}{end}" for n in range(3) for end in (".wav", "_mel.png")] + ["index.html", "summary.json", "wer.jsonl"])
-    html = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert "Three &lt;b&gt;é&lt;/b&gt;" in html and "000002.wav" in html and "WER</th" not in html and "tiles" in html
-    rows = [json.loads(line) for line in (tmp_path / "out" / "wer.jsonl").read_text().splitlines()]
+    out = tmp_path / "out"
+    sample_main(["--ckpt", str(tmp_path / "c.pt"), "--file", str(tmp_path / "lines.txt"), "--out", str(out), *FAST, "--num-samples", str(takes)])
+    names = [f"{n:06d}" for n in range(3)] if takes == 1 else [f"{n:06d}_{take}" for n in range(3) for take in range(2)]
+    assert sorted(os.listdir(out)) == sorted([name + end for name in names for end in (".wav", "_mel.png")] + ["index.html", "summary.json", "wer.jsonl"])
+    html = (out / "index.html").read_text(encoding="utf-8")
+    assert "Three &lt;b&gt;é&lt;/b&gt;" in html and names[2] + ".wav" in html and "WER</th" not in html and "tiles" in html
+    rows = [json.loads(line) for line in (out / "wer.jsonl").read_text().splitlines()]
+    assert [(row["idx"], row["audio"]) for row in rows] == [(n, name + ".wav") for n, name in enumerate(names)]
     for row in rows:
-        assert soundfile.info(tmp_path / "out" / row["audio"]).duration == pytest.approx(row["predicted_seconds"])
-    said = capsys.readouterr().out
-    assert said.count("have no '/' '<' '>' 'b' 'é';") == 1 and said.count("warning") == 1
-
-
+        assert soundfile.info(out / row["audio"]).duration == pytest.approx(row["predicted_seconds"])
+    messages = capsys.readouterr().err
+    assert messages.count("have no '/' '<' '>' 'b' 'é';") == 1 and messages.count("warning") == 1
 
 
 # --- folders for sharing
 
 @pytest.fixture(scope="module")
 def averaged_checkpoint(model, tmp_path_factory):
-    """Weights that were trained for a while: their averages are others, of the embeddings that T5 has twice, too."""
+    """Averages that differ from the weights, also for the embeddings, which T5 has twice."""
     path = tmp_path_factory.mktemp("averaged") / "latest.pt"
     torch.manual_seed(1)
     ema = {name: p.detach() + 0.03 * torch.randn_like(p) for name, p in model.named_parameters()}
@@ -253,7 +241,7 @@ def averaged_checkpoint(model, tmp_path_factory):
 
 
 def test_an_exported_folder_speaks_as_its_checkpoint_does(model, averaged_checkpoint, tmp_path):
-    """Bit for bit, and so does the folder's own export; without the averages it would sound another way."""
+    """The wavs are equal bit for bit, also from an export of the export. Without the averages they would differ."""
     raw = torch.load(averaged_checkpoint, weights_only=True) | {"ema": {}}
     torch.save(raw, tmp_path / "raw.pt")
     sample_main(["--ckpt", str(averaged_checkpoint), "--export", str(tmp_path / "voice")])
@@ -269,25 +257,25 @@ def test_an_exported_folder_speaks_as_its_checkpoint_does(model, averaged_checkp
     for name in os.listdir(tmp_path / "voice"):
         assert (tmp_path / "voice" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     about = json.loads((tmp_path / "voice" / "corpus.json").read_text())
-    assert about | {"step": 3, "mel_mean": -5.0, "mel_std": 2.0, "text_encoder": "random", "text_encoder_included": True} == about
+    assert about | {"step": 3, "mel_mean": -5.0, "mel_std": 2.0} == about
     assert from_flags({"config": str(tmp_path / "voice" / "config.yaml")}) == model.cfg
-    # anyone can read the weights, and they are the averages
+    # the safetensors hold the averages
     weights, ema = load_file(tmp_path / "voice" / "model.safetensors"), torch.load(averaged_checkpoint, weights_only=True)["ema"]
     assert weights.keys() == ema.keys() and all(torch.equal(weights[k], ema[k]) for k in ema)
 
 
+@pytest.mark.slow
 def test_the_evaluator_takes_an_exported_folder(averaged_checkpoint, tmp_path):
     export(load_checkpoint(str(averaged_checkpoint), "cpu")[0], 3, str(tmp_path / "voice"))
-    for source, where in ((tmp_path / "voice", tmp_path / "voice"), (averaged_checkpoint, averaged_checkpoint.parent)):
-        evaluator.main(["--ckpt", str(source), "--prompts", str(ROOT / "eval" / "prompts.txt"), "--num", "2", "--eval_steps", "1",
+    for source, folder in ((tmp_path / "voice", tmp_path / "voice"), (averaged_checkpoint, averaged_checkpoint.parent)):
+        evaluator.main(["--ckpt", str(source), "--prompts", str(ROOT / "eval" / "prompts.txt"), "--num", "1", "--eval_steps", "1",
                         "--eval_judge", "none", "--eval_vocoder", "griffinlim", "--device", "cpu"])
-        assert json.loads((where / "eval" / "manual_00000003" / "summary.json").read_text())["step"] == 3
-    for name in ("000000.wav", "000001.wav"):
-        a, b = (folder / "eval" / "manual_00000003" / name for folder in (tmp_path / "voice", averaged_checkpoint.parent))
-        assert a.read_bytes() == b.read_bytes()
+        assert json.loads((folder / "eval" / "manual_00000003" / "summary.json").read_text())["step"] == 3
+    a, b = (folder / "eval" / "manual_00000003" / "000000.wav" for folder in (tmp_path / "voice", averaged_checkpoint.parent))
+    assert a.read_bytes() == b.read_bytes()
 
 
-def test_export_leaves_what_is_there_alone(averaged_checkpoint, tmp_path):
+def test_export_never_overwrites(averaged_checkpoint, tmp_path):
     model, _ = load_checkpoint(str(averaged_checkpoint), "cpu")
     (tmp_path / "voice").mkdir()
     (tmp_path / "voice" / "mine").touch()
@@ -308,43 +296,14 @@ def test_export_leaves_out_an_encoder_that_its_name_brings_back(tmp_path):
         model, folder = small_model(text_encoder_name=encoder, train_text_encoder=trained).eval(), tmp_path / f"voice{trained}"
         export(model, 3, str(folder))
         assert any(k.startswith("text_encoder.") for k in load_file(folder / "model.safetensors")) == trained
-        about = json.loads((folder / "corpus.json").read_text())
-        assert about["text_encoder_included"] == trained and about["text_encoder"] == encoder
         if not trained:
-            with torch.no_grad():  # what from_pretrained brings back is what is on the disk
+            with torch.no_grad():  # undo small_model's noise: from_pretrained will load what is on disk
                 model.text_encoder.load_state_dict(small_model(text_encoder_name=encoder, train_text_encoder=False, shake=False).text_encoder.state_dict())
         mel, = sample(load_checkpoint(str(folder), "cpu")[0], ["hello"], steps=1)
         assert torch.equal(mel, sample(model, ["hello"], steps=1)[0])
-
-
-def test_broken_checkpoints_are_refused(checkpoint, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
-    cases = {"cut.pt": checkpoint.read_bytes()[:2000], "text.pt": b"hello", "empty.pt": b""}
-    for name, data in cases.items():
-        (tmp_path / name).write_bytes(data)
-    torch.save({"model": Evil(), "config": {}, "step": 1}, tmp_path / "evil.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    for name in (*cases, "evil.pt", "list.pt"):
-        with pytest.raises(UserError):
-            read_checkpoint(str(tmp_path / name))
-    assert not (tmp_path / "ran").exists()
-    ckpt = read_checkpoint(str(checkpoint))
-    ckpt["config"]["from_the_future"] = 1
-    torch.save(ckpt, tmp_path / "new.pt")
-    with pytest.raises(UserError, match="from_the_future"):
-        load_checkpoint(str(tmp_path / "new.pt"), "cpu")
 
 
 def test_averaged_weights_are_the_ones_that_speak(model, tmp_path):
     ema = {"no_text": torch.full_like(model.no_text.data, 7.0)}
     torch.save({"model": model.saved_state(), "ema": ema, "step": 3, "config": dataclasses.asdict(model.cfg)}, tmp_path / "c.pt")
     assert (load_checkpoint(str(tmp_path / "c.pt"), "cpu")[0].no_text == 7.0).all()
-
-
-def test_devices():
-    assert pick_device("cpu").type == "cpu"
-    for wrong in ("cuda:99", "toaster"):
-        with pytest.raises(UserError, match=wrong):
-            pick_device(wrong)
