@@ -1,41 +1,38 @@
-"""The `ctc` judge: a small recogniser that learns from the corpus's own recordings, so that a demo needs no Whisper.
+"""The `ctc` judge: a small speech recogniser, trained on the corpus's own recordings. It needs no download.
 
-    python eval/ctc.py --config configs/demo.yaml      # train it anew, save it with the corpus, report its errors
-    python eval/ctc.py --config configs/openvocab.yaml --judge_steps 6000 --judge_width 384    # on a GPU where there is one
+    python eval/ctc.py --config configs/demo.yaml      # train it, save it in the corpus's folder, print its error rates
 
-Seven convolutions with CTC on log-mels; on the embedded corpus 0.65 M parameters and about a minute on two cores. It knows
-its corpus's way of speaking and no other, and its own error on held-out recordings is reported beside every result.
+Seven convolutions on log-mels, trained with CTC. On the demo corpus: 0.65 M parameters, one minute of training on two cores.
+It understands only its corpus's voices. Every evaluation also reports its floor, the error rates on held-out recordings.
 """
-import os
-import sys
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import torch
 from torch import nn
-from tqdm import trange
+from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import audio  # noqa: E402
-from config import PROGRESS_SECONDS, Config, UserError, first_line, from_flags, run_cli, split_flags  # noqa: E402
-from data import Corpus, epoch_batches  # noqa: E402
-from sample import pick_device  # noqa: E402
+import audio
+from common import UserError, first_line, pick_device, progress, replacing, run_cli
+from config import Config, load_config
+from corpus import Corpus
+from data import epoch_batches
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789' "  # CTC's blank is symbol 0
-WIDTH, DILATIONS = 128, (1, 2, 4, 1, 2, 4)  # a symbol sees 0.7 s of sound: about two words
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789' "  # symbols 1, 2, …; symbol 0 is CTC's blank
+WIDTH, DILATIONS = 128, (1, 2, 4, 1, 2, 4)  # the receptive field is 0.7 s, about two words
 STEPS, BATCH, PEAK_LR = 250, 32, 3e-3
-WORDS = 1000  # a corpus of more than so many words gets a judge of twice the width, and half a step a word
-NOISE = 0.3  # standard deviation of noise on normalised log-mels in training: robustness against vocoder artefacts
+MANY_WORDS = 1000  # for a corpus with more distinct words the width is doubled, and the steps are half the number of words
+NOISE = 0.3  # standard deviation of the noise added to normalised log-mels in training, against vocoder artefacts
 
 
 def normalise_text(text: str) -> str:
-    """Lower-case, only the alphabet's characters, single spaces: what this judge can hear of a text."""
+    """Lower case, only characters of the alphabet, single spaces: the part of a text that this judge can recognise."""
     return " ".join("".join(c if c in ALPHABET else " " for c in text.lower().replace("’", "'")).split())
 
 
 class Block(nn.Module):
-    """Norm, dilated convolution, GELU and a linear layer around a residual; padding is held at zero by the mask."""
+    """A residual block: norm, dilated convolution, GELU, linear layer. The mask sets the convolution's padding to zero."""
 
     def __init__(self, width: int, dilation: int):
         super().__init__()
@@ -56,7 +53,7 @@ class Recogniser(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET) + 1)
 
     def forward(self, mels: torch.Tensor, lengths: torch.Tensor):
-        """(B, T, n_mels) normalised log-mels, zero behind lengths (B,) -> log-probabilities (B, T / 2, symbols), lengths."""
+        """Normalised log-mels (B, T, n_mels), zero beyond lengths, to log-probabilities (B, T / 2, symbols) and lengths."""
         lengths = (lengths + 1) // 2
         x = self.inp(mels.transpose(1, 2)).transpose(1, 2)
         mask = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None].float()
@@ -66,7 +63,8 @@ class Recogniser(nn.Module):
 
 
 class CTCJudge:
-    """Recordings or generated sounds to text. `floor` holds its own errors on held-out recordings."""
+    """The trained recogniser as a judge. `floor` holds its error rates on the corpus's held-out recordings."""
+    name, normalise = "ctc", staticmethod(normalise_text)
 
     def __init__(self, model: Recogniser, saved: dict):
         self.model, self.mean, self.std, self.floor = model.eval(), saved["mel_mean"], saved["mel_std"], saved["floor"]
@@ -76,9 +74,8 @@ class CTCJudge:
         """Log-mels, each (frames, n_mels), to texts by greedy CTC decoding."""
         texts = []
         for start in range(0, len(mels), BATCH):
-            part = [(torch.as_tensor(np.asarray(m, np.float32)) - self.mean) / self.std for m in mels[start:start + BATCH]]
-            lengths = torch.tensor([len(m) for m in part])
-            scores, lengths = self.model(nn.utils.rnn.pad_sequence(part, batch_first=True), lengths)
+            batch = [(torch.as_tensor(np.asarray(m, np.float32)) - self.mean) / self.std for m in mels[start:start + BATCH]]
+            scores, lengths = self.model(pad_sequence(batch, batch_first=True), torch.tensor([len(m) for m in batch]))
             for symbols, n in zip(scores.argmax(-1), lengths):
                 symbols = torch.unique_consecutive(symbols[:n])
                 texts.append(normalise_text("".join(ALPHABET[s - 1] for s in symbols.tolist() if s)))
@@ -86,93 +83,72 @@ class CTCJudge:
 
     def transcribe(self, wavs: list[np.ndarray], cfg: Config) -> list[str]:
         """Wavs, each (samples,) at cfg.sample_rate, to texts."""
-        return self.transcribe_mels([audio.log_mel(w, cfg) for w in wavs])
+        return self.transcribe_mels([audio.log_mel(wav, cfg) for wav in wavs])
 
 
-def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, width: int = 0, device="cpu") -> None:
-    """Train on the corpus's training recordings, measure on its held-out ones, save to `path` (whole or not at all).
+def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device="cpu") -> None:
+    """Train a judge on the training split, measure its floor on the held-out splits, and save it. Raises UserError.
 
-    Without `steps` and `width` the corpus's number of distinct words decides: see WORDS.
+    Without `steps` their number depends on the vocabulary (MANY_WORDS). Two calls give the same judge.
     """
-    mean, std = corpus.mel_stats
-    train, held_out = corpus.split("train", cfg), np.concatenate([corpus.split(s, cfg) for s in ("val", "test")])
-    targets = {int(i): [ALPHABET.index(c) + 1 for c in normalise_text(corpus.texts[i])] for i in train}
-    train = np.array([i for i in train if targets[int(i)]], dtype=np.int64)
-    if not len(train):
+    texts = {int(i): normalise_text(corpus.texts[i]) for i in corpus.split("train", cfg)}
+    targets = {i: torch.tensor([ALPHABET.index(c) + 1 for c in text]) for i, text in texts.items() if text}
+    if not targets:
         raise UserError(f"no training text of {corpus.dir} holds a character that the ctc judge knows ({ALPHABET.strip()}); "
                         "set eval_judge to whisper or none")
-    words = len({word for i in train for word in normalise_text(corpus.texts[i]).split()})
-    steps = steps or (STEPS if words <= WORDS else max(STEPS, words // 2))
-    width = width or (WIDTH if words <= WORDS else 2 * WIDTH)
-    batch = min(BATCH, len(train))
-    with torch.random.fork_rng(devices=[]):
+    train, batches, (mean, std) = np.array(list(targets)), [], corpus.mel_stats
+    words = len({word for text in texts.values() for word in text.split()})
+    steps = steps or (STEPS if words <= MANY_WORDS else max(STEPS, words // 2))
+    width = WIDTH if words <= MANY_WORDS else 2 * WIDTH
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change
         torch.manual_seed(0)
         model = Recogniser(cfg.n_mels, width).to(device)
         opt = torch.optim.AdamW(model.parameters(), lr=PEAK_LR)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, PEAK_LR, total_steps=steps, pct_start=0.15)
-        batches = []
-        for step in trange(steps, desc="training the ctc judge", unit="step", mininterval=PROGRESS_SECONDS):
-            if not batches:
-                batches = epoch_batches(corpus.frames[train], batch, 0, step)
-            rows = train[batches.pop()]
+        for step in progress(range(steps), desc="training the ctc judge", unit="step", leave=True):
+            batches = batches or epoch_batches(corpus.frames[train], min(BATCH, len(train)), 0, step)
+            rows = train[batches.pop()].tolist()
             mels = [torch.from_numpy((np.asarray(corpus.mel(i), np.float32) - mean) / std) for i in rows]
             lengths = torch.tensor([len(m) for m in mels])
-            mels = nn.utils.rnn.pad_sequence(mels, batch_first=True)
+            mels = pad_sequence(mels, batch_first=True)
             mels += NOISE * torch.randn_like(mels) * (torch.arange(mels.shape[1]) < lengths[:, None])[..., None]
-            scores, out_lengths = model(mels.to(device), lengths.to(device))
-            letters = [torch.tensor(targets[int(i)]) for i in rows]
-            loss = nn.functional.ctc_loss(scores.transpose(0, 1), torch.cat(letters).to(device), out_lengths,
-                                          torch.tensor([len(of) for of in letters]), zero_infinity=True)
+            scores, lengths = model(mels.to(device), lengths.to(device))
+            loss = nn.functional.ctc_loss(scores.transpose(0, 1), torch.cat([targets[i] for i in rows]).to(device), lengths,
+                                          torch.tensor([len(targets[i]) for i in rows]), zero_infinity=True)
             opt.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
             schedule.step()
-    model.cpu()
-    saved = {"model": model.state_dict(), "width": width, "mel_mean": mean, "mel_std": std, "floor": {}}
-    judge = CTCJudge(model, saved)
+    saved = {"model": model.cpu().state_dict(), "width": width, "mel_mean": mean, "mel_std": std, "floor": {}}
+    held_out = np.concatenate([corpus.split(split, cfg) for split in ("val", "test")])
     references = [normalise_text(corpus.texts[i]) for i in held_out]
-    hypotheses = judge.transcribe_mels([corpus.mel(i) for i in held_out])
+    hypotheses = CTCJudge(model, saved).transcribe_mels([corpus.mel(i) for i in held_out])
     saved["floor"] = {"cer": jiwer.cer(references, hypotheses), "wer": jiwer.wer(references, hypotheses),
                       "recordings": len(held_out)}
-    torch.save(saved, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as tmp:
+        torch.save(saved, tmp)
 
 
-def load_judge(data_dir: str, cfg: Config) -> CTCJudge:
-    """The judge saved with a corpus, trained first if there is none yet. Raises UserError."""
-    corpus = Corpus(data_dir, cfg)
-    path = Path(data_dir) / "judge_ctc.pt"
+def load_ctc_judge(data_dir: str, cfg: Config) -> CTCJudge:
+    """The judge in a corpus's folder. If there is none yet, it is trained first. Raises UserError."""
+    corpus, path = Corpus(data_dir, cfg), Path(data_dir) / "judge_ctc.pt"
     if not path.exists():
         train_judge(corpus, cfg, path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.random.fork_rng(devices=[]):  # judging must not move the caller's random numbers
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change
             model = Recogniser(cfg.n_mels, saved.get("width", WIDTH))
         model.load_state_dict(saved["model"])
-        numbers = saved["mel_mean"], saved["mel_std"], *(saved["floor"][key] for key in ("cer", "wer", "recordings"))
-        if not all(isinstance(n, (int, float)) for n in numbers):
-            raise TypeError("its statistics are not numbers")
         return CTCJudge(model, saved)
-    except Exception as e:
-        raise UserError(f"{path} is not a ctc judge ({first_line(e)}); delete it and it is trained anew") from None
+    except Exception as e:  # torch, zip and pickle errors of many types
+        raise UserError(f"{path} is not a ctc judge ({first_line(e)}); delete it, and it will be trained again") from None
 
 
 def main(argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return
-    flags = split_flags(argv, extra=("judge_steps", "judge_width", "device"))
-    device = pick_device(flags.pop("device", "auto"))
-    try:
-        steps, width = (int(flags.pop(name, 0)) for name in ("judge_steps", "judge_width"))
-        if min(steps, width) < 0:
-            raise ValueError
-    except ValueError:
-        raise UserError("--judge_steps and --judge_width: expected whole numbers, 0 to let the corpus decide") from None
-    cfg = from_flags(flags)
-    train_judge(Corpus(cfg.data_dir, cfg), cfg, Path(cfg.data_dir) / "judge_ctc.pt", steps, width, device)
-    floor = load_judge(cfg.data_dir, cfg).floor
+    cfg = load_config(argv)
+    train_judge(Corpus(cfg.data_dir, cfg), cfg, Path(cfg.data_dir) / "judge_ctc.pt", device=pick_device())
+    floor = load_ctc_judge(cfg.data_dir, cfg).floor
     print(f"ctc judge of {cfg.data_dir}: CER {floor['cer']:.2%}, WER {floor['wer']:.2%} on {floor['recordings']} held-out "
           "recordings")
 

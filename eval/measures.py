@@ -1,121 +1,111 @@
-"""What an evaluation measures: how well attention aligns, how near the mel is, how sure a rate is; and its summary."""
+"""What an evaluation computes: alignment scores, mel-cepstral distortion, error rates with intervals, and summaries."""
 import numpy as np
 
-DRAWS = 2000  # bootstrap resamplings: the ends of a 95 % interval rest on 50 of them each
-CEPSTRA = 13
 
+def alignment_scores(attention_maps: np.ndarray) -> np.ndarray:
+    """How well attention maps (..., positions, tokens) follow the text in order: scores (...,) in [0, 1].
 
-# --- alignment
-
-def alignment_scores(maps: np.ndarray) -> np.ndarray:
-    """How well attention maps (..., positions, tokens), rows adding up to 1, tell a text in order: (...,) in [0, 1].
-
-    Monotone times sharp. Monotone: Spearman's rank correlation, not below 0, of the positions with where they look, the
-    mean place in the text by their weights. Sharp: how near they look on the mean, with the text's length as 1: 1 where
-    the weights' mean distance from that place is at most that of looking evenly at a position's own share of the text
-    (so that neither `patch` nor letters that share a position count against it), 0 where it is that of looking evenly at
-    the whole. FastSpeech's focus rate, the mean of the rows' largest weights (arXiv 1905.09263), asks for no order and
-    falls with every letter a position needs; guided attention's penalty (arXiv 1710.08969) asks for a straight line, which
-    speech with pauses is not. A perfect diagonal has 1; even, random, shuffled and reversed ones have about 0.
+    The rows of a map add up to 1. A position's centre is the mean place in the text under its weights. The score is the
+    product of order and sharpness. Order is Spearman's rank correlation of positions and centres, or 0 if it is negative.
+    Sharpness is the mean over positions of a number that falls with the weights' mean distance from the centre: 0 for even
+    weights over the whole text, 1 for even weights over one T-th of the text, where T is the number of positions. So neither
+    a large `patch` nor tokens that share a position lower it, unlike FastSpeech's focus rate (arXiv 1905.09263). A perfect
+    diagonal scores 1. Uniform, random, shuffled and reversed maps score about 0.
     """
-    from scipy.stats import rankdata
-    maps = np.asarray(maps, np.float64)
-    T, L = maps.shape[-2:]
-    if T < 2 or L < 2:  # nothing to put in order
-        return np.zeros(maps.shape[:-2])
+    from scipy.stats import rankdata  # here, because loading scipy.stats takes half a second
+    attention_maps = np.asarray(attention_maps, np.float64)
+    T, L = attention_maps.shape[-2:]
+    if T < 2 or L < 2:  # there is no order
+        return np.zeros(attention_maps.shape[:-2])
     tokens = (np.arange(L) + 0.5) / L
-    place = maps @ tokens  # (..., T)
-    spread = (maps * np.abs(tokens - place[..., None])).sum(axis=-1)
-    sharp = np.clip((1 / 4 - spread) / (1 / 4 - 1 / (4 * T)), 0, 1).mean(axis=-1)
-    rank = rankdata(place.round(6), axis=-1) - (T + 1) / 2  # rounded, so that rounding errors put nothing in order
+    centres = attention_maps @ tokens  # (..., T)
+    spread = (attention_maps * np.abs(tokens - centres[..., None])).sum(axis=-1)
+    sharpness = np.clip((1 / 4 - spread) / (1 / 4 - 1 / (4 * T)), 0, 1).mean(axis=-1)
+    ranks = rankdata(centres.round(6), axis=-1) - (T + 1) / 2  # rounded, so that float error does not create an order
     order = np.arange(T) - (T - 1) / 2
-    length = np.sqrt((rank ** 2).sum(axis=-1) * (order ** 2).sum())
-    return sharp * np.clip((rank * order).sum(axis=-1) / np.maximum(length, 1e-9), 0, 1)
+    norm = np.sqrt((ranks ** 2).sum(axis=-1) * (order ** 2).sum())
+    return sharpness * np.clip((ranks * order).sum(axis=-1) / np.maximum(norm, 1e-9), 0, 1)
 
 
-def clearest_head(maps: np.ndarray) -> np.ndarray:
-    """Of maps (blocks, heads, positions, tokens) the one (positions, tokens) with the best alignment score.
-
-    One is enough to read the text by, and others have other work, so that the mean of all is a blurred picture.
-    """
-    maps = maps.reshape(-1, *maps.shape[-2:])
-    return maps[alignment_scores(maps).argmax()]
+def clearest_head(attention_maps: np.ndarray) -> np.ndarray:
+    """The map (positions, tokens) with the best score in (blocks, heads, positions, tokens). Their mean would be blurred."""
+    attention_maps = attention_maps.reshape(-1, *attention_maps.shape[-2:])
+    return attention_maps[alignment_scores(attention_maps).argmax()]
 
 
-# --- nearness
-
-def mel_cepstral_distortion(log_mels: np.ndarray, real: np.ndarray) -> float:
+def mel_cepstral_distortion(log_mel: np.ndarray, real_log_mel: np.ndarray) -> float:
     """Mel-cepstral distortion in dB between two log-mels (frames, n_mels), natural logarithm of amplitude.
 
-    (10 / ln 10) sqrt(2 Σ (c_d - c'_d)²) over cepstra 1 to 13 (Kubichek, "Mel-cepstral distance measure for objective
-    speech quality assessment", 1993), so loudness says nothing; the mean over the path of dynamic time warping that has
-    the least, as in MCD-DTW (arXiv 1910.10288). A frame's cepstra are its log-mel's cosine series, log-mel = c_0 + Σ c_d
-    cos(π d (band + 1/2) / bands): figures compare with those of the same log-mel, not with those of WORLD's or SPTK's.
+    (10 / ln 10) sqrt(2 Σ (c_d - c'_d)²) over the cepstra 1 to 13 (Kubichek, "Mel-cepstral distance measure for objective
+    speech quality assessment", 1993), so loudness (c_0) does not count. It is the mean over the pairs of frames that dynamic
+    time warping finds, as in MCD-DTW (arXiv 1910.10288). The cepstra are a frame's cosine series: log-mel = c_0 + Σ c_d
+    cos(π d (band + 1/2) / bands). Distortions from WORLD's or SPTK's cepstra are on another scale.
     """
-    from librosa.sequence import dtw  # compiles itself, which takes seconds, and only this needs it
+    from librosa.sequence import dtw  # here, because numba needs seconds to compile it
     from scipy.fft import dct
-    ours, theirs = (dct(np.asarray(m, np.float64), axis=1)[:, 1:CEPSTRA + 1].T / m.shape[1] for m in (log_mels, real))
-    steps, path = dtw(ours, theirs)  # Euclidean distances, added up along the path
-    return float(10 / np.log(10) * np.sqrt(2) * steps[-1, -1] / len(path))
+    cepstra = [dct(np.asarray(m, np.float64), axis=1)[:, 1:14].T / m.shape[1] for m in (log_mel, real_log_mel)]
+    costs, pairs = dtw(*cepstra)  # costs: Euclidean distances, summed along the best warping
+    return float(10 / np.log(10) * np.sqrt(2) * costs[-1, -1] / len(pairs))
 
 
-# --- sureness
+def bootstrap_rates(errors: np.ndarray, lengths: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Bootstrap: the error rate over all prompts in each of 2,000 samples of the prompts, drawn with replacement.
 
-def rate_draws(edits: np.ndarray, lengths: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Bootstrap: the error rate of all prompts taken together, in DRAWS resamplings of the prompts with replacement.
-
-    `edits` and `lengths` (prompts,) count each prompt's errors and its reference's words or characters. Equal seeds and
-    numbers of prompts draw the same prompts, so that a difference of two calls is a paired one.
+    `errors` and `lengths` (prompts,) count each prompt's errors, and its reference's words or characters. Equal seeds and
+    numbers of prompts draw the same samples, so the difference of two results is a paired one.
     """
-    n = len(edits)
-    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS)
-    return times @ np.asarray(edits) / (times @ np.asarray(lengths))
+    n = len(errors)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=2000)
+    return draws @ np.asarray(errors) / (draws @ np.asarray(lengths))
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    """The middle 95 % of draws."""
-    return [float(end) for end in np.percentile(draws, [2.5, 97.5])]
+def interval(values: np.ndarray) -> list[float]:
+    """The two ends of the middle 95 % of the values."""
+    return [float(end) for end in np.percentile(values, [2.5, 97.5])]
 
 
-# --- summaries
+def error_rates(rows: list[dict], kind: str = "") -> dict:
+    """WER and CER of all judged texts together, with 95 % intervals; None if none was judged. `kind` precedes the names."""
+    edits, rates = np.array([row[f"{kind}edits"] for row in rows if row.get(f"{kind}edits")]), {}
+    for name, at in (("wer", 0), ("cer", 2)):
+        judged = len(edits) > 0
+        rates[f"{kind}{name}"] = float(edits[:, at].sum() / edits[:, at + 1].sum()) if judged else None
+        rates[f"{kind}{name}_interval"] = interval(bootstrap_rates(edits[:, at], edits[:, at + 1])) if judged else None
+    return rates
+
 
 def figures(rows: list[dict]) -> dict:
-    """The summary's figures over all rows; what no row knows is None.
+    """The figures of a summary, from all rows of wer.jsonl. A figure that no row has data for is None.
 
-    Rates are those of all texts together, with 95 % intervals. Durations against the recordings': mean absolute error and
-    bias, as fractions. Speaking rates in characters a second.
+    duration_error is the mean absolute difference from the recordings' durations, duration_bias the mean difference, both
+    relative. Speaking rates are in characters per second.
     """
-    found = {}
-    for kind in ("", "vocoded_", "recording_"):
-        edits = np.array([row[f"{kind}edits"] for row in rows if row.get(f"{kind}edits")])
-        for name, at in (("wer", 0), ("cer", 2)):
-            found[kind + name] = float(edits[:, at].sum() / edits[:, at + 1].sum()) if len(edits) else None
-            found[f"{kind}{name}_interval"] = interval(rate_draws(edits[:, at], edits[:, at + 1])) if len(edits) else None
     real = [row for row in rows if row.get("true_seconds")]
-    off = np.array([row["predicted_seconds"] / row["true_seconds"] - 1 for row in real])
-    found |= {"alignment": float(np.mean([row["alignment"] for row in rows])),
-              "mcd": float(np.mean([row["mcd"] for row in real])) if real else None,
-              "duration_error": float(np.abs(off).mean()) if real else None,
-              "duration_bias": float(off.mean()) if real else None}
+    difference = np.array([row["predicted_seconds"] / row["true_seconds"] - 1 for row in real])
+    values = error_rates(rows) | error_rates(rows, "vocoded_") | error_rates(rows, "recording_") | {
+        "alignment_score": float(np.mean([row["alignment_score"] for row in rows])),
+        "mcd": float(np.mean([row["mcd"] for row in real])) if real else None,
+        "duration_error": float(np.abs(difference).mean()) if real else None,
+        "duration_bias": float(difference.mean()) if real else None}
     for name, part, key in (("speaking_rate", rows, "predicted_seconds"), ("real_speaking_rate", real, "true_seconds")):
-        found[name] = sum(len(row["reference"]) for row in part) / sum(row[key] for row in part) if part else None
-    return found
+        values[name] = sum(len(row["reference"]) for row in part) / sum(row[key] for row in part) if part else None
+    return values
 
 
 def markdown(summary: dict) -> str:
-    """A summary as tables to paste."""
-    def rate(kind, name):
-        low, high = summary[f"{kind}{name}_interval"]
-        return f"{summary[kind + name]:.2%} ({low:.2%} to {high:.2%})"
+    """The summary as Markdown tables."""
+    def rate(name):
+        low, high = summary[f"{name}_interval"]
+        return f"{summary[name]:.2%} ({low:.2%} to {high:.2%})"
     lines = [f"Step {summary['step']}, {summary['count']} prompts of {summary['prompts']}, {summary['steps']} steps, "
              f"guidance {summary['cfg_scale']:g}, judge {summary['judge']}, vocoder {summary['vocoder']}; 95 % intervals.",
              "", "| speech | WER | CER |", "|---|---|---|"]
     for kind, speech in (("", "generated"), ("vocoded_", "recordings' log-mels, vocoded"), ("recording_", "recordings")):
         if summary[f"{kind}wer"] is not None:
-            lines.append(f"| {speech} | {rate(kind, 'wer')} | {rate(kind, 'cer')} |")
+            lines.append(f"| {speech} | {rate(f'{kind}wer')} | {rate(f'{kind}cer')} |")
     lines += ["", "| measure | |", "|---|---|"]
     for name, label, form in (
-            ("alignment", "alignment (0 to 1)", "{:.3f}"), ("mcd", "mel-cepstral distortion", "{:.2f} dB"),
+            ("alignment_score", "alignment score (0 to 1)", "{:.3f}"), ("mcd", "mel-cepstral distortion", "{:.2f} dB"),
             ("duration_error", "duration error", "{:.1%}"), ("duration_bias", "duration bias", "{:+.1%}"),
             ("speaking_rate", "characters a second", "{:.1f}"),
             ("real_speaking_rate", "characters a second, recordings", "{:.1f}"),

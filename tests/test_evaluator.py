@@ -1,8 +1,7 @@
-"""Evaluation: prompts, judges, artifacts, and that ranks share the work without changing it."""
+"""Evaluation: prompts, the files that it writes, and ranks that share the work without changing the figures."""
 import dataclasses
 import json
-import os
-import shutil
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -12,174 +11,107 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 from matplotlib.image import imread
+from test_judge import noise, talkative_judge
 from test_model import small_model
 
 import audio
 import evaluator
-from config import Config, UserError
+from common import UserError
+from config import Config
+from corpus import Corpus, Utterance, write_corpus
+from distributed import Ranks
 from eval import ctc
-from evaluator import Prompt, compare, edit_counts, evaluate, listen, load_judge, load_prompts
+from evaluator import Prompt, compare, evaluate, load_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
+ONE = Ranks(0, 1, torch.device("cpu"))
+HELLO = [Prompt("hello there")]
 
 
 @pytest.fixture(scope="module")
-def judged_corpus(demo_corpus, tmp_path_factory):
-    """A copy of the demo corpus with a ctc judge that had too little training to be any good, but is a real one."""
-    folder = shutil.copytree(demo_corpus, tmp_path_factory.mktemp("judged") / "corpus")
-    steps, ctc.STEPS = ctc.STEPS, 5
-    try:
-        ctc.load_judge(str(folder), Config())
-    finally:
-        ctc.STEPS = steps
-    return folder
+def model(tmp_path_factory):
+    """A small model whose corpus has noises as recordings and a judge with random weights."""
+    folder = tmp_path_factory.mktemp("judged") / "corpus"
+    texts = {"train": "The red fox ran {}", "val": "A cat sat {}", "test": "Dogs bark {}"}
+    utterances = [Utterance(f"{split}_{n}", f"{texts[split].format('and ran ' * n)}.", split, str(n))
+                  for split in texts for n in range(6)]
+    write_corpus(str(folder), utterances, lambda n, rate: noise(int(n), 9000 + 1500 * int(n)), Config(), workers=1)
+    torch.save(talkative_judge(), folder / "judge_ctc.pt")
+    return small_model(data_dir=str(folder), eval_judge="ctc", eval_num_samples=5, eval_steps=2, eval_vocoder="griffinlim",
+                       block_size=200).eval()
 
 
 @pytest.fixture(scope="module")
-def setup(judged_corpus):
-    model = small_model(data_dir=str(judged_corpus), eval_judge="ctc", eval_num_samples=5, eval_steps=2, eval_vocoder="griffinlim",
-                        block_size=400).eval()
-    return model, model.cfg
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "c.pt"
+    torch.save({"model": model.saved_state(), "ema": {}, "step": 3, "config": dataclasses.asdict(model.cfg)}, path)
+    return path
 
 
-def wav_of(tmp_path, name):
-    return soundfile.read(tmp_path / "e" / name)[0]
+def read_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "wer.jsonl").read_text().splitlines()]
 
 
-def test_evaluation_writes_what_the_contract_says(setup, tmp_path):
-    model, cfg = setup
-    prompts = load_prompts(cfg, None)
-    summary = evaluate(model, cfg, prompts, tmp_path / "e", torch.device("cpu"), 7, "some.pt")
-    rows = [json.loads(line) for line in (tmp_path / "e" / "wer.jsonl").read_text().splitlines()]
-    assert [row["reference"] for row in rows] == [p.text for p in prompts]
-    assert set(rows[0]) >= {"idx", "audio", "reference", "hypothesis", "wer", "cer", "predicted_seconds"}
-    for row in rows:
-        wav, rate = soundfile.read(tmp_path / "e" / row["audio"])
-        assert rate == 22050 and len(wav) / rate == pytest.approx(row["predicted_seconds"])
-    for row, prompt in zip(rows, prompts):
-        assert (row["utt_id"], 0 <= row["alignment"] <= 1) == (prompt.utt_id, True)
-        assert row["true_seconds"] == len(prompt.mel) * 256 / 22050 and row["mcd"] > 0
-        for name, frames in (("mel", len(wav_of(tmp_path, row["audio"])) // 256), ("real_mel", len(prompt.mel))):
-            assert imread(tmp_path / "e" / row[f"{name}_png"]).shape == (cfg.n_mels, frames, 4)
-        height, width, _ = imread(tmp_path / "e" / row["alignment_png"]).shape
-        assert (height, width) == (len(prompt.text) + 1, -(-(len(wav_of(tmp_path, row["audio"])) // 256) // cfg.patch))
-        assert len(wav_of(tmp_path, row["vocoded"])) == 256 * len(prompt.mel) and "vocoded_cer" not in row
-    saved = json.loads((tmp_path / "e" / "summary.json").read_text())
-    assert saved["wer_interval"][0] <= saved["wer"] <= saved["wer_interval"][1] and 0 <= saved["alignment"] <= 1
-    assert saved == summary and saved["count"] == 5 and saved["judge"] == "ctc" and saved["vocoder"] == "griffinlim"
-    assert set(saved) >= {"step", "ckpt", "prompts", "count", "wer", "cer", "judge", "steps", "cfg_scale", "vocoder"}
-    assert 0 <= saved["judge_floor"]["cer"]
-    # the rates are those of all texts together, as jiwer counts them
-    references, hypotheses = ([ctc.normalise_text(row[k]) for row in rows] for k in ("reference", "hypothesis"))
-    assert (saved["wer"], saved["cer"]) == (jiwer.wer(references, hypotheses), jiwer.cer(references, hypotheses))
-    assert not list((tmp_path / "e").glob("*.tmp"))
-
-
-def test_two_ranks_give_the_figures_of_one(setup, tmp_path):
-    """Real gloo ranks, each with a share of the prompts, against one process."""
-    model, cfg = setup
-    torch.save({"model": model.saved_state(), "ema": {}, "step": 3, "config": dataclasses.asdict(cfg)}, tmp_path / "c.pt")
-    script = tmp_path / "ranks.py"
-    script.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, torch.distributed as dist
-torch.set_num_threads(1)
-from evaluator import evaluate, load_prompts
-from checkpoint import load_checkpoint
-dist.init_process_group("gloo")
-model, _ = load_checkpoint({str(tmp_path / 'c.pt')!r}, torch.device("cpu"))
-evaluate(model, model.cfg, load_prompts(model.cfg, None), {str(tmp_path / 'two')!r}, torch.device("cpu"), 3, "c",
-         dist.get_rank(), dist.get_world_size())
-dist.destroy_process_group()
-""")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-                          capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    one = evaluate(model, cfg, load_prompts(cfg, None), tmp_path / "one", torch.device("cpu"), 3, "c")
-    two = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert (two["wer"], two["cer"], two["count"]) == (one["wer"], one["cer"], one["count"])
-    rows = [[json.loads(line) for line in (tmp_path / part / "wer.jsonl").read_text().splitlines()] for part in ("two", "one")]
-    for a, b in zip(*rows, strict=True):  # these two come from floats that another batch may round otherwise
-        assert (a.pop("alignment"), a.pop("mcd")) == pytest.approx((b.pop("alignment"), b.pop("mcd")), abs=2e-3)
-        assert a == b
-
-
-def test_prompts(setup, tmp_path):
-    _, cfg = setup
-    file = tmp_path / "p.txt"
+def test_prompts(model, tmp_path):
+    cfg, file = model.cfg, tmp_path / "p.txt"
     file.write_text("first line\n\n  second line \n...\nthird\n")
     with_file = dataclasses.replace(cfg, eval_prompts=str(file), eval_num_samples=99)
-    assert load_prompts(with_file, None) == [Prompt("first line"), Prompt("second line"), Prompt("third")]
-    two = load_prompts(dataclasses.replace(with_file, eval_num_samples=2), None)
-    assert len(two) == 2 and two == load_prompts(dataclasses.replace(with_file, eval_num_samples=2), None)
-    from data import Corpus
+    assert load_prompts(with_file) == [Prompt("first line"), Prompt("second line"), Prompt("third")]
+    two = load_prompts(dataclasses.replace(with_file, eval_num_samples=2))
+    assert len(two) == 2 and two == load_prompts(dataclasses.replace(with_file, eval_num_samples=2))
     corpus = Corpus(cfg.data_dir, cfg)
-    overfit = load_prompts(dataclasses.replace(cfg, eval_prompts="overfit", overfit_first_n_samples=4, eval_num_samples=4), None)
+    overfit = load_prompts(dataclasses.replace(cfg, eval_prompts="overfit", overfit_first_n_samples=4, eval_num_samples=4))
     assert [p[:2] for p in overfit] == list(zip(corpus.texts[:4], corpus.ids[:4]))
     assert all((p.mel == corpus.mel(i)).all() for i, p in enumerate(overfit))
     assert not {p.text for p in load_prompts(cfg, corpus)} & {t for t, s in zip(corpus.texts, corpus.splits) if s == "train"}
     for wrong in (str(tmp_path / "none.txt"), str(tmp_path)):
         with pytest.raises(UserError, match="cannot read"):
-            load_prompts(dataclasses.replace(cfg, eval_prompts=wrong), None)
+            load_prompts(dataclasses.replace(cfg, eval_prompts=wrong))
     file.write_text("\n ... \n")
     with pytest.raises(UserError, match="no prompts"):
-        load_prompts(with_file, None)
+        load_prompts(with_file)
 
 
-def test_a_judge_that_hears_the_recordings_right_reads_them_right(setup):
-    """The errors by hand: one word of four wrong, a word lost, a word too many."""
-    assert edit_counts("the red fox ran", "the red box ran") == [1, 4, 1, 15]
-    assert edit_counts("a dog", "dog") == [1, 2, 2, 5] and edit_counts("dog", "a dog") == [1, 1, 2, 3]
-    assert edit_counts("a dog", "") == [2, 2, 5, 5]
+@pytest.mark.slow
+def test_files_and_figures_of_an_evaluation(model, tmp_path):
+    cfg, prompts = model.cfg, load_prompts(model.cfg)
+    summary = evaluate(model, cfg, prompts, tmp_path, ONE, 7, "some.pt")
+    rows = read_rows(tmp_path)
+    assert [(row["reference"], row["utt_id"]) for row in rows] == [prompt[:2] for prompt in prompts]
+    for row, prompt in zip(rows, prompts):
+        wav, rate = soundfile.read(tmp_path / row["audio"])
+        assert rate == 22050 and len(wav) / rate == pytest.approx(row["predicted_seconds"])
+        assert row["true_seconds"] == len(prompt.mel) * 256 / 22050 and row["mcd"] > 0 and 0 <= row["alignment_score"] <= 1
+        assert row["edits"] and "vocoded_cer" not in row
+        for name, frames in (("mel", len(wav) // 256), ("real_mel", len(prompt.mel))):
+            assert imread(tmp_path / row[f"{name}_png"]).shape == (cfg.n_mels, frames, 4)
+        height, width, _ = imread(tmp_path / row["attention_png"]).shape
+        assert (height, width) == (len(prompt.text) + 1, -(-(len(wav) // 256) // cfg.patch))
+        assert len(soundfile.read(tmp_path / row["vocoded"])[0]) == 256 * len(prompt.mel)
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert saved == summary
+    assert saved["wer_interval"][0] <= saved["wer"] <= saved["wer_interval"][1] and 0 <= saved["alignment_score"] <= 1
+    assert {k: saved[k] for k in ("step", "ckpt", "prompts", "count", "judge", "steps", "cfg_scale", "vocoder")} == {
+        "step": 7, "ckpt": "some.pt", "prompts": "val", "count": 5, "judge": "ctc", "steps": 2, "cfg_scale": 2.0,
+        "vocoder": "griffinlim"}
+    assert saved["judge_floor"] == {"cer": 0.1, "wer": 0.2, "recordings": 6}
+    # the rates are those of all texts together, as jiwer counts them
+    references, hypotheses = ([ctc.normalise_text(row[k]) for row in rows] for k in ("reference", "hypothesis"))
+    assert (saved["wer"], saved["cer"]) == (jiwer.wer(references, hypotheses), jiwer.cer(references, hypotheses))
+    assert (tmp_path / "index.html").exists() and not list(tmp_path.glob("*.tmp"))
 
 
-def test_no_judge_writes_sound_only(setup, tmp_path):
-    model, cfg = setup
-    cfg = dataclasses.replace(cfg, eval_judge="none")
-    summary = evaluate(model, cfg, [Prompt("hello there")], tmp_path, torch.device("cpu"), 1, "c")
-    assert summary["wer"] is None and summary["judge"] == "none" and (tmp_path / "000000.wav").exists()
-
-
-def test_whisper_normaliser_and_refusals(tmp_path):
-    from whisper.normalizers import EnglishTextNormalizer
-    normalise = EnglishTextNormalizer()
-    assert edit_counts(normalise("Fifty two men."), normalise("52 men"))[::2] == [0, 0]
-    (tmp_path / "broken.pt").write_bytes(b"not a model")
-    for name in ("no-such-model", str(tmp_path / "broken.pt")):
-        with pytest.raises(UserError, match="eval_whisper_model"):
-            load_judge(Config(eval_judge="whisper", eval_whisper_model=name), torch.device("cpu"))
-
-
-def test_command_line(setup, tmp_path):
-    model, cfg = setup
-    torch.save({"model": model.saved_state(), "ema": {}, "step": 3, "config": dataclasses.asdict(cfg)}, tmp_path / "c.pt")
-    before = (tmp_path / "c.pt").read_bytes()
-    done = subprocess.run([sys.executable, "evaluator.py", "--ckpt", tmp_path / "c.pt", "--prompts", "eval/prompts.txt", "--num", "3",
-                           "--out_dir", tmp_path / "e", "--eval-steps", "1", "--eval_cfg_scale", "1"], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
-    assert (summary["count"], summary["steps"], summary["cfg_scale"]) == (3, 1, 1.0)
-    assert summary["vocoded_cer"] is summary["mcd"] is None and "| generated |" in (tmp_path / "e" / "summary.md").read_text()
-    assert "CER" in done.stdout and (tmp_path / "c.pt").read_bytes() == before
-    done = subprocess.run([sys.executable, "evaluator.py", "--ckpt", tmp_path / "c.pt", "--promts", "x"], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "promts" in done.stderr
-
-
-def test_floors_are_the_judges_errors_on_the_recordings(setup, tmp_path):
-    """A recording that is the vocoder's own copy is read as the copy is; a missing one has no figures."""
-    model, cfg = setup
-    prompts = load_prompts(dataclasses.replace(cfg, eval_num_samples=3), None)
+@pytest.mark.slow
+def test_floors_are_the_judges_errors_on_the_recordings(model, tmp_path, capsys):
+    """A recording that is the vocoder's own copy has the same errors as the copy. A missing one has no figures."""
+    cfg = dataclasses.replace(model.cfg, eval_num_samples=3)
+    prompts = load_prompts(cfg)
     for prompt in prompts[:2]:
-        copy = audio.griffin_lim(torch.from_numpy(np.float32(prompt.mel)), cfg)
-        audio.write_wav(tmp_path / f"{prompt.utt_id}.wav", copy, 22050)
-    text = Prompt("no utterance of the corpus")
-    summary = evaluate(model, cfg, [*prompts, text], tmp_path / "e", torch.device("cpu"), 1, "c", floors=True,
-                       recordings=str(tmp_path))
-    rows = [json.loads(line) for line in (tmp_path / "e" / "wer.jsonl").read_text().splitlines()]
+        audio.write_wav(tmp_path / f"{prompt.utt_id}.wav", audio.griffin_lim(torch.from_numpy(prompt.mel), cfg), 22050)
+    summary = evaluate(model, cfg, [*prompts, *HELLO], tmp_path / "e", ONE, 1, "c", floors=True, recordings=str(tmp_path))
+    rows = read_rows(tmp_path / "e")
     for row in rows[:2]:
         assert row["recording_edits"] == row["vocoded_edits"] and (tmp_path / "e" / row["recording"]).exists()
     assert "recording" not in rows[2] and rows[2]["recording_cer"] is None and rows[2]["vocoded_edits"]
@@ -191,25 +123,119 @@ def test_floors_are_the_judges_errors_on_the_recordings(setup, tmp_path):
     assert summary["duration_bias"] == pytest.approx(np.mean(off))
     table = (tmp_path / "e" / "summary.md").read_text()
     assert "| recordings' log-mels, vocoded |" in table and "| recordings |" in table
+    flags = ["--data_dir", cfg.data_dir, "--prompts", "val", "--num", "3", "--recordings", str(tmp_path), "--out_dir", str(tmp_path)]
+    evaluator.main([*flags, "--eval_judge", "ctc"])  # the recordings without a checkpoint have the same figures
+    judged = json.loads((tmp_path / "recordings.json").read_text())
+    assert judged["count"] == 2 and {k: summary[f"recording_{k}"] for k in ("wer", "cer")}.items() <= judged.items()
+    assert f"2 recordings, judge ctc: WER {judged['wer']:.2%}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nobody listens"):
+        evaluator.main([*flags, "--eval_judge", "none"])
 
 
-def test_a_folder_without_the_prompts_recordings_is_refused(setup, tmp_path):
-    model, cfg = setup
-    torch.save({"model": model.saved_state(), "ema": {}, "step": 3, "config": dataclasses.asdict(cfg)}, tmp_path / "c.pt")
-    for source, names in (("val", "demo_"), (str(ROOT / "eval" / "prompts.txt"), "--prompts val")):
-        with pytest.raises(UserError, match=f"no prompt's recording.*{names}"):
-            evaluator.main(["--ckpt", str(tmp_path / "c.pt"), "--prompts", source, "--recordings", str(tmp_path)])
+@pytest.mark.parametrize("source, names", [("val", "val_"), (str(ROOT / "eval" / "prompts.txt"), "--prompts val")])
+def test_a_folder_without_the_prompts_recordings_is_refused(checkpoint, tmp_path, source, names):
+    with pytest.raises(UserError, match=f"no prompt's recording.*{names}"):
+        evaluator.main(["--ckpt", str(checkpoint), "--prompts", source, "--recordings", str(tmp_path)])
 
 
-def test_what_the_judge_hears_does_not_depend_on_the_order(setup):
-    _, cfg = setup
-    judge, corpus = load_judge(cfg, torch.device("cpu")), load_prompts(cfg, None)
-    wavs = [audio.griffin_lim(torch.from_numpy(np.float32(p.mel)), cfg, iterations=2) for p in corpus]
-    texts = [p.text for p in corpus]
-    together = listen(judge, texts, [*wavs[:2], None, *wavs[3:]], cfg)
-    assert together[2] == {"hypothesis": None, "wer": None, "cer": None, "edits": None}
-    for i in (0, 1, 3, 4):
-        assert together[i] == listen(judge, texts[i:i + 1], wavs[i:i + 1], cfg)[0]
+def test_without_a_judge_there_are_wavs_but_no_rates(model, tmp_path):
+    cfg = dataclasses.replace(model.cfg, eval_judge="none")
+    summary = evaluate(model, cfg, HELLO, tmp_path, ONE, 1, "c")
+    assert summary["wer"] is None and summary["judge"] == "none" and (tmp_path / "000000.wav").exists()
+
+
+class BrokenJudge:
+    """Listens badly on rank 1, or on the only rank."""
+    name, floor = "broken", None
+
+    def transcribe(self, wavs, cfg):
+        if not dist.is_initialized() or dist.get_rank() == 1:
+            raise ZeroDivisionError("a bug")
+        return ["hello there"] * len(wavs)
+
+    def normalise(self, text):
+        return text
+
+
+def test_a_bug_is_raised_as_it_is_and_the_wavs_stay(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator, "load_judge", lambda cfg, device: BrokenJudge())
+    with pytest.raises(ZeroDivisionError, match="a bug") as e:
+        evaluate(model, model.cfg, HELLO, tmp_path, ONE, 1, "c")
+    assert e.traceback[-1].name == "transcribe"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.wav"]
+
+
+# --- ranks
+
+def on_two_ranks(tmp_path: Path, work) -> list:
+    """The results of work(ranks) in two processes that form a gloo group; of an error, its type and text."""
+    context = multiprocessing.get_context("fork")  # needs no imports
+    results = context.Queue()
+
+    def run(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=rank, world_size=2)
+        try:
+            result = work(Ranks(rank, 2, torch.device("cpu")))
+        except Exception as e:
+            result = f"{type(e).__name__}: {e}"
+        results.put((rank, result))
+    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join(100)
+    return [found[rank] for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_figures_of_one(model, tmp_path):
+    prompts = load_prompts(model.cfg)
+    one = evaluate(model, model.cfg, prompts, tmp_path / "one", ONE, 3, "c")
+    two = on_two_ranks(tmp_path, lambda ranks: evaluate(model, model.cfg, prompts, tmp_path / "two", ranks, 3, "c"))
+    for summary in two:
+        assert [summary[k] for k in ("wer", "wer_interval", "cer", "count")] == [one[k] for k in ("wer", "wer_interval", "cer", "count")]
+    for a, b in zip(read_rows(tmp_path / "two"), read_rows(tmp_path / "one"), strict=True):
+        for key in ("alignment_score", "mcd"):  # another batch may round the floats of these differently
+            assert a.pop(key) == pytest.approx(b.pop(key), abs=2e-3)
+        assert a == b
+
+
+@pytest.mark.parametrize("problem", ["a bug on one rank", "a file that rank 0 cannot write", "a rank without prompts"])
+def test_an_error_on_one_rank_is_one_on_all(model, tmp_path, monkeypatch, problem):
+    prompts, cfg = HELLO * 2, dataclasses.replace(model.cfg, eval_judge="none", eval_steps=1)
+    if problem == "a bug on one rank":
+        monkeypatch.setattr(evaluator, "load_judge", lambda cfg, device: BrokenJudge())
+    elif problem == "a file that rank 0 cannot write":
+        (tmp_path / "e" / "summary.json" / "x").mkdir(parents=True)
+    else:
+        prompts = HELLO
+    found = on_two_ranks(tmp_path, lambda ranks: evaluate(model, cfg, prompts, tmp_path / "e", ranks, 3, "c"))
+    if problem == "a rank without prompts":
+        assert [summary["count"] for summary in found] == [1, 1]
+    elif problem == "a bug on one rank":
+        assert found[1] == "ZeroDivisionError: a bug" and found[0].startswith("UserError: another rank")
+    else:
+        assert found[0].startswith("UserError: cannot write") and found[1].startswith("UserError: another rank")
+
+
+# --- the command line
+
+@pytest.mark.slow
+def test_command_line(checkpoint, tmp_path, capsys):
+    before = checkpoint.read_bytes()
+    evaluator.main(["--ckpt", str(checkpoint), "--prompts", str(ROOT / "eval" / "prompts.txt"), "--num", "3", "--out_dir",
+                    str(tmp_path / "e"), "--eval-steps", "1", "--eval_cfg_scale", "1", "--device", "cpu"])
+    summary, out = json.loads((tmp_path / "e" / "summary.json").read_text()), capsys.readouterr().out
+    assert (summary["count"], summary["steps"], summary["cfg_scale"]) == (3, 1, 1.0)
+    assert summary["vocoded_cer"] is summary["mcd"] is None and "| generated |" in (tmp_path / "e" / "summary.md").read_text()
+    assert out.count("->") == 3 and "on recordings the judge has CER 10.00%" in out and checkpoint.read_bytes() == before
+    for wrong, message in ((["--ckpt", str(checkpoint), "--promts", "x"], "promts"), (["--prompts", "val"], "--ckpt is missing"),
+                           (["--compare", "a"], "expected two")):
+        with pytest.raises(UserError, match=message):
+            evaluator.main(wrong)
+    done = subprocess.run([sys.executable, "evaluator.py", "--compare", "a", "b"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a is not what an evaluation" in done.stderr
 
 
 def evaluation_folder(path, edits, judge="ctc"):
@@ -225,7 +251,7 @@ def test_comparing_two_evaluations(tmp_path, capsys):
     b = evaluation_folder(tmp_path / "b", {text: [w + 1, 5, c + 2, 20] for text, (w, _, c, _) in texts.items()} |
                           {"another": [0, 5, 0, 20], "unjudged": None})
     assert "40 shared prompts" in compare(a, b)
-    # every prompt is worse by as much, so the paired interval has no width, whatever the rates' own are
+    # every prompt is worse by the same amount, so the paired interval has no width, although those of the rates have one
     assert "| +20.00% (+20.00% to +20.00%) |" in compare(a, b) and "| +10.00% (+10.00% to +10.00%) |" in compare(a, b)
     evaluator.main(["--compare", b, a])
     assert "-20.00% (-20.00% to -20.00%)" in capsys.readouterr().out
@@ -238,14 +264,3 @@ def test_comparing_two_evaluations(tmp_path, capsys):
     for bad in (tmp_path / "none", tmp_path / "d"):
         with pytest.raises(UserError, match="is not what an evaluation"):
             compare(a, str(bad))
-    with pytest.raises(UserError, match="expected two"):
-        evaluator.main(["--compare", a])
-
-
-def test_griffin_lim_copies_are_judged_as_sound(setup, tmp_path):
-    """The judge hears wavs: what reaches it is the log-mel of the vocoder's output, not the model's own log-mel."""
-    _, cfg = setup
-    judge = load_judge(cfg, torch.device("cpu"))
-    wav = (0.1 * np.random.default_rng(0).standard_normal(22050)).astype(np.float32)
-    assert judge.transcribe([wav, wav[:11000]], cfg) == [judge.transcribe([w], cfg)[0] for w in (wav, wav[:11000])]
-    assert evaluator.load_judge(dataclasses.replace(cfg, eval_judge="none"), "cpu") is None

@@ -1,0 +1,79 @@
+"""The judges, which turn speech into text, and the counting of errors in it.
+
+A judge has transcribe(wavs, cfg), normalise(text), a name, and a floor: its own error rates on recordings, or None.
+"""
+import os
+
+import jiwer
+import numpy as np
+
+import audio
+from common import UserError, first_line, pick_device, progress
+from config import Config
+from eval.ctc import load_ctc_judge
+
+WHISPER_RATE = 16000  # Hz, of Whisper's input
+
+
+class WhisperJudge:
+    """openai-whisper, by a model's name or the path of its .pt file. Raises UserError if the package or model is missing."""
+
+    def __init__(self, name: str, device):
+        try:
+            import whisper
+            from whisper.normalizers import EnglishTextNormalizer
+        except ImportError as e:
+            raise UserError(f"eval_judge: whisper needs a package that is not installed ({e.name}): pip install "
+                            "openai-whisper, or set eval_judge: ctc") from None
+        try:
+            self.model = whisper.load_model(name, device=device)  # downloads it if needed, with a progress bar
+        except Exception as e:  # unknown names, failed downloads and damaged files raise many types
+            raise UserError(f"cannot load the Whisper model '{name}' ({type(e).__name__}: {first_line(e)[:160]}). Expected "
+                            "a name such as base.en, which is downloaded once (145 MB), or the path of a .pt file; without "
+                            "a network, set eval_whisper_model to such a path, or eval_judge to ctc") from None
+        self.name, self.floor = f"whisper {os.path.basename(name)}", None
+        self.normalise = EnglishTextNormalizer()
+
+    def transcribe(self, wavs: list[np.ndarray], cfg: Config) -> list[str]:
+        """Wavs, each (samples,) at cfg.sample_rate, to texts as Whisper writes them."""
+        language = {"language": "en"} if self.model.is_multilingual else {}
+        texts = []
+        for wav in progress(wavs, desc="listening", unit="prompt"):
+            wav = audio.resample(wav, cfg.sample_rate, WHISPER_RATE).astype(np.float32)
+            result = self.model.transcribe(wav, fp16=self.model.device.type == "cuda", temperature=0.0,
+                                           condition_on_previous_text=False, **language)
+            texts.append(result["text"].strip())
+        return texts
+
+
+def load_judge(cfg: Config, device):
+    """The judge that cfg.eval_judge names, or None for "none". Raises UserError."""
+    if cfg.eval_judge == "whisper":
+        name = cfg.eval_whisper_device
+        return WhisperJudge(cfg.eval_whisper_model, device if name == "auto" else pick_device(name))
+    return load_ctc_judge(cfg.data_dir, cfg) if cfg.eval_judge == "ctc" else None
+
+
+def edit_counts(reference: str, hypothesis: str) -> list[int]:
+    """Word errors, reference words, character errors and reference characters of two normalised texts."""
+    counts = []
+    for result in (jiwer.process_words(reference, hypothesis), jiwer.process_characters(reference, hypothesis)):
+        wrong = result.substitutions + result.deletions
+        counts += [wrong + result.insertions, wrong + result.hits]
+    return counts
+
+
+def listen(judge, texts: list[str], wavs: list, cfg: Config, kind: str = "") -> list[dict]:
+    """For each text, what the judge hears in its wav: hypothesis, wer, cer and edits. `kind` precedes these names.
+
+    All are None if there is no judge or no wav. The last three are None if normalising leaves nothing of the text.
+    """
+    order = sorted((i for i, wav in enumerate(wavs) if judge and wav is not None), key=lambda i: len(wavs[i]))
+    heard = dict(zip(order, judge.transcribe([wavs[i] for i in order], cfg))) if order else {}  # by length: little padding
+    rows = []
+    for i, text in enumerate(texts):
+        reference = judge.normalise(text) if i in heard else ""
+        edits = edit_counts(reference, judge.normalise(heard[i])) if reference else None
+        rows.append({f"{kind}hypothesis": heard.get(i), f"{kind}wer": edits and edits[0] / edits[1],
+                     f"{kind}cer": edits and edits[2] / edits[3], f"{kind}edits": edits})
+    return rows
