@@ -1,21 +1,19 @@
-"""What all tests share: the import path, quiet single-threaded libraries, a deterministic hypothesis, a small corpus."""
-import importlib.util
+"""What all tests share: quiet single-threaded libraries, a deterministic hypothesis, a small corpus, a browser."""
+import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-# Libraries read these when they are imported, so they are set before anything else is. Child processes inherit them.
+# Libraries read these when they are imported, so set them before anything else. Child processes inherit them.
 os.environ.update(OMP_NUM_THREADS="1", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
+
+import hypothesis
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repo", derandomize=True, deadline=None, max_examples=25,
                                      suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -23,42 +21,34 @@ hypothesis.settings.load_profile("repo")
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long for their number of tests come first, so that no process is left with one of them at the end."""
-    first = ["test_run_sh", "test_skill", "test_soak", "test_ljspeech", "test_train", "test_evaluator", "test_serve"]
+    """Start the slowest files first, so that no process is left with one of them at the end."""
+    first = ["test_ljspeech", "test_skill", "test_run_sh", "test_soak", "test_train", "test_bench", "test_evaluator", "test_serve"]
     items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
 
 
 @pytest.fixture(scope="session")
-def demo_prepare():
-    """data/demo/prepare.py as a module (its folder is no package)."""
-    spec = importlib.util.spec_from_file_location("demo_prepare", ROOT / "data" / "demo" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
 def demo_corpus(tmp_path_factory):
-    """48 training and 16 held-out utterances, made by the real command. Shared: copy it before you write into it."""
-    out = tmp_path_factory.mktemp("demo") / "demo_bigvgan"
-    command = [sys.executable, "data/demo/prepare.py", "--out", str(out), "--train", "48", "--held-out", "16"]
-    result = subprocess.run([*command, "--workers", "2"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    """48 training and 16 held-out utterances. All tests and all processes of xdist share it: copy it before you write into it."""
+    from demo import prepare  # data/demo/prepare.py
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    out = folder / "demo_bigvgan"
+    with open(folder / "demo_corpus.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            prepare.main(["--out", str(out), "--train", "48", "--held-out", "16", "--workers", "1"])
     return out
 
 
 @pytest.fixture(scope="session")
 def run_sh():
-    """run.sh, where it would start at once; None elsewhere, where it would first install packages from the network."""
-    want = subprocess.run("cat requirements.txt <(sed -n 's/^bigvgan=\"\\(.*\\)\"$/\\1/p' run.sh) | cksum", shell=True,
-                          executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    marker = ROOT / ".venv" / "installed"
-    return "./run.sh" if marker.exists() and marker.read_text() == want else None
+    """run.sh if it would start at once, or None if it would first install packages from the network."""
+    return "./run.sh" if subprocess.run([ROOT / "run.sh", "installed"], stdout=subprocess.DEVNULL).returncode == 0 else None
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A headless Chromium, driven by selenium; the test is skipped where there is none."""
+    """A headless Chromium, driven by selenium. The test is skipped where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver")
     found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if not all(found.values()):

@@ -1,14 +1,12 @@
 """Real parts for test_ljspeech.py: a folder in LJSpeech's layout, small random weights on disk, a server with Range.
 
-Run as a program it prepares a corpus in shards of 8, slowly if asked to, so that a test can kill it midway:
+As a program it prepares a corpus slowly, in shards of 8 and with two workers, so that a test can kill it meanwhile:
 
-    SLOW_READ=0.05 python tests/ljspeech_parts.py SOURCE OUT WORKERS
+    python tests/ljspeech_parts.py SOURCE OUT
 """
 import http.server
-import importlib.util
 import io
 import json
-import os
 import re
 import sys
 import tarfile
@@ -20,28 +18,20 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from ljspeech.prepare import read_metadata  # data/ljspeech/prepare.py
 
 import audio
 from config import Config
-from data import write_corpus
+from corpus import write_corpus
 
-ROOT = Path(__file__).resolve().parent.parent
 RATE = 22050
 SHARD_UTTS = 8
-
-
-def load_prepare():
-    """data/ljspeech/prepare.py as a module (its folder is no package)."""
-    spec = importlib.util.spec_from_file_location("ljspeech_prepare", ROOT / "data" / "ljspeech" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- a folder in LJSpeech's layout
 
 def speech_like(rng: np.random.Generator, seconds: float) -> np.ndarray:
-    """Harmonics of a gliding voice under two moving formants, a little noise, and syllables' rise and fall."""
+    """Harmonics of a gliding pitch under two moving formants, with a little noise and the rhythm of syllables."""
     t = np.arange(int(seconds * RATE)) / RATE
     pitch = rng.uniform(100, 180) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.5, 2) * t))
     phase = 2 * np.pi * np.cumsum(pitch) / RATE
@@ -52,24 +42,24 @@ def speech_like(rng: np.random.Generator, seconds: float) -> np.ndarray:
     return 0.5 * wav / np.abs(wav).max()
 
 
-TEXTS = [  # (original, normalised, what the corpus must hold); {n} and {w} are a number and its name
+TEXTS = [  # (original, normalised, expected in the corpus); {n} and {w} are a number and its name
     ("The {n} lamps were lit.", "The {w} lamps were lit.", "The {w} lamps were lit."),
-    ('"Room {n}," said the porter', '"Room {w}," said the porter', '"Room {w}," said the porter'),  # quotes that pair
-    ('He read "page {n} aloud.', 'He read "page {w} aloud.', 'He read "page {w} aloud.'),  # and a stray one
+    ('"Room {n}," said the porter', '"Room {w}," said the porter', '"Room {w}," said the porter'),  # a pair of quotes
+    ('He read "page {n} aloud.', 'He read "page {w} aloud.', 'He read "page {w} aloud.'),  # a single one
     ("Café №{n}, naïve — “très bien”.", "Café number {w}, naïve — “très bien”.", "Café number {w}, naïve — “très bien”."),
     ("All are gone.|", None, "All are gone."),  # the normalised text is empty
     ("None came back.", None, "None came back."),  # there is no third field at all
     ("  Spaces   count {n}. ", " Spaces   count {w}. ", "Spaces count {w}."),
 ]
 NAMES = "one two three four five six seven eight nine ten eleven twelve".split()
-BAD = {  # at these places a bad one stands among the good: what is wrong, and how its reason must begin
+BAD = {  # the numbers of the bad utterances: what is wrong, and how the reason must begin
     11: ("missing", "missing file"), 23: ("truncated", "truncated file"),
     37: ("empty wav", "zero length"), 49: ("empty text", "empty text"),
 }
 
 
 def make_ljspeech(folder: Path, utterances: int = 64, bad: bool = True) -> dict:
-    """Write `folder`; returns the good ids with the texts that the corpus must hold, in order, and the bad ones' reasons."""
+    """Write `folder`. Returns the texts that the corpus must hold by their ids, in order, and the reasons of the bad ids."""
     (folder / "wavs").mkdir(parents=True)
     rng = np.random.default_rng(7)
     lines, good, reasons = [], {}, {}
@@ -96,7 +86,7 @@ def make_ljspeech(folder: Path, utterances: int = 64, bad: bool = True) -> dict:
 
 
 def tar_bz2(folder: Path, name: str) -> bytes:
-    """`folder` as the bytes of a tar.bz2 in which it is called `name`."""
+    """`folder` as the bytes of a tar.bz2, under the name `name`."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:bz2") as tar:
         tar.add(folder, arcname=name)
@@ -106,7 +96,7 @@ def tar_bz2(folder: Path, name: str) -> bytes:
 # --- a server
 
 class RangeHandler(http.server.BaseHTTPRequestHandler):
-    """Serves server.data; server.cut: bytes after which the next reply breaks off; server.ranges: what was asked for."""
+    """Serves server.data. The next reply ends after server.cut bytes; server.ranges lists the Range headers received."""
 
     def do_GET(self):
         wanted, data, start = self.headers.get("Range"), self.server.data, 0
@@ -135,7 +125,7 @@ class RangeHandler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(data: bytes | None):
-    """A server of `data` on a free port of 127.0.0.1, and its URL. Without data it answers 404."""
+    """A server of `data` on a free port of 127.0.0.1, and its URL. Without data its answer is 404."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler)
     server.data, server.cut, server.ranges, server.resumes = data, None, [], True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -158,7 +148,7 @@ def save_text_encoder(folder: Path) -> None:
 
 
 def save_bigvgan(folder: Path) -> None:
-    """The published config.json of v2, 22 kHz, 80 bands, with less of everything that costs time."""
+    """The published config.json of v2, 22 kHz, 80 bands, but with fewer channels and kernels."""
     from bigvgan.bigvgan import AttrDict, BigVGAN
     h = {"resblock": "1", "upsample_rates": [8, 8, 2, 2], "upsample_kernel_sizes": [16, 16, 4, 4],
          "upsample_initial_channel": 32, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]],
@@ -181,13 +171,12 @@ def save_whisper(path: Path) -> None:
     torch.save({"dims": dims, "model_state_dict": model.state_dict()}, path)
 
 
-# --- a preparation that can be killed midway
+# --- a preparation that can be killed
 
 def slow_read_wav(path: str, sample_rate: int) -> np.ndarray:
-    time.sleep(float(os.environ.get("SLOW_READ", 0)))
+    time.sleep(0.1)
     return audio.read_wav(path, sample_rate)
 
 
 if __name__ == "__main__":
-    write_corpus(sys.argv[2], load_prepare().read_metadata(Path(sys.argv[1])), slow_read_wav, Config(), int(sys.argv[3]),
-                 shard_utts=SHARD_UTTS)
+    write_corpus(sys.argv[2], read_metadata(Path(sys.argv[1])), slow_read_wav, Config(), 2, shard_utts=SHARD_UTTS)

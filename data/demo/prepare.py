@@ -1,18 +1,17 @@
-"""The embedded corpus: a small grammar's sentences, spoken by espeak-ng. No downloads, no recordings, one minute.
+"""The embedded corpus: sentences of a small grammar, read by espeak-ng. It needs no downloads, no recordings and one minute.
 
     python data/demo/prepare.py --out data/demo_bigvgan
-    python data/demo/prepare.py --out data/mine_bigvgan --text lines.txt       # speak your own lines instead
+    python data/demo/prepare.py --out data/mine_bigvgan --text lines.txt       # read your own lines instead
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from config import Config, UserError, run_cli  # noqa: E402
-from data import Utterance, hash_splits, write_corpus  # noqa: E402
-from espeak import speak  # noqa: E402
+from common import UserError, run_cli
+from config import Config
+from corpus import Utterance, hash_splits, write_corpus
+from espeak import espeak_wav
 
 # --- the grammar: 162 words
 
@@ -53,17 +52,12 @@ def sentence(rng: np.random.Generator) -> str:
     def place():
         return f"{pick(PREPOSITIONS)} the {pick(PLACES)}"
 
-    kind = rng.integers(5)
-    if kind == 0:
-        words = f"{someone()} {pick(ACTS)} {something()} {place()}"
-    elif kind == 1:
-        words = f"{someone()} {pick(MOVES)} {pick(MANNERS)} {place()}"
-    elif kind == 2:
-        words = f"{pick(TIMES)} {someone()} {pick(ACTS)} {something()}"
-    elif kind == 3:
-        words = f"{someone()} and {someone()} {pick(MOVES)} {place()}"
-    else:
-        words = f"{someone()} {pick(ACTS)} {something()} {pick(TIMES)}"
+    forms = (lambda: f"{someone()} {pick(ACTS)} {something()} {place()}",
+             lambda: f"{someone()} {pick(MOVES)} {pick(MANNERS)} {place()}",
+             lambda: f"{pick(TIMES)} {someone()} {pick(ACTS)} {something()}",
+             lambda: f"{someone()} and {someone()} {pick(MOVES)} {place()}",
+             lambda: f"{someone()} {pick(ACTS)} {something()} {pick(TIMES)}")
+    words = pick(forms)()
     return words[0].upper() + words[1:] + "."
 
 
@@ -75,38 +69,41 @@ def sentences(count: int, seed: int) -> list[str]:
     return list(seen)
 
 
+def grammar_utterances(train: int, held_out: int, seed: int) -> list[Utterance]:
+    """`train` training sentences, then `held_out` ones, of which the first half is val and the rest test."""
+    if train < 1 or held_out < 2 or train + held_out > 100_000:
+        raise UserError(f"--train {train} --held-out {held_out}: expected at least 1 and 2, and at most 100000 together")
+    splits = ["train"] * train + ["val"] * (held_out // 2) + ["test"] * (held_out - held_out // 2)
+    return [Utterance(f"demo_{n:06d}", text, split, text)
+            for n, (text, split) in enumerate(zip(sentences(len(splits), seed), splits))]
+
+
+def read_utterances(path: str) -> list[Utterance]:
+    """The distinct lines of a text file, split by the hash of their numbers. Raises UserError."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read --text {path}: {e}; expected a UTF-8 file with one utterance per line") from None
+    texts = {f"line_{n:06d}": line for n, line in enumerate(dict.fromkeys(filter(None, lines)))}
+    if len(texts) < 3:
+        raise UserError(f"--text {path} has {len(texts)} distinct lines; expected at least 3: val and test take one each")
+    splits = hash_splits(list(texts))
+    return [Utterance(utt_id, text, splits[utt_id], text) for utt_id, text in texts.items()]
+
+
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", required=True)
-    p.add_argument("--text", help="a file with a line an utterance, spoken instead of the grammar's sentences")
-    p.add_argument("--train", type=int, default=4096, help="training sentences of the grammar")
-    p.add_argument("--held-out", type=int, default=256, help="held-out ones, half val and half test")
+    p.add_argument("--out", required=True, help="folder of the processed corpus")
+    p.add_argument("--text", help="a file with one utterance per line, read instead of the grammar's sentences")
+    p.add_argument("--train", type=int, default=4096, help="number of training sentences of the grammar")
+    p.add_argument("--held-out", type=int, default=256, help="number of held-out ones, half val and half test")
     p.add_argument("--seed", type=int, default=1337)
-    p.add_argument("--workers", type=int, help="processes; default: one a core")
+    p.add_argument("--workers", type=int, help="number of processes; default: one per core")
     p.add_argument("--strict", action="store_true", help="refuse bad lines instead of skipping them")
     p.add_argument("--force", action="store_true", help="replace an existing corpus")
     args = p.parse_args(argv)
-    if args.text:
-        try:
-            lines = [line.strip() for line in Path(args.text).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"cannot read --text {args.text}: {e}; expected a UTF-8 file, a line an utterance") from None
-        lines = list(dict.fromkeys(line for line in lines if line))
-        if len(lines) < 3:
-            raise UserError(f"--text {args.text} holds {len(lines)} distinct lines; expected at least 3, a line an "
-                            "utterance: one each goes into val and test")
-        ids = [f"line_{n:06d}" for n in range(len(lines))]
-        split = hash_splits(ids)
-        utterances = [Utterance(i, line, split[i], line) for i, line in zip(ids, lines)]
-    else:
-        if args.train < 1 or args.held_out < 2 or args.train + args.held_out > 100_000:
-            raise UserError(f"--train {args.train} --held-out {args.held_out}: expected at least 1 and 2, and at most "
-                            "100000 together")
-        first_test, first_val = args.train + args.held_out // 2, args.train
-        utterances = [Utterance(f"demo_{n:06d}", line,
-                                "train" if n < first_val else "val" if n < first_test else "test", line)
-                      for n, line in enumerate(sentences(args.train + args.held_out, args.seed))]
-    write_corpus(args.out, utterances, speak, Config(), args.workers, args.strict, args.force)
+    utterances = read_utterances(args.text) if args.text else grammar_utterances(args.train, args.held_out, args.seed)
+    write_corpus(args.out, utterances, espeak_wav, Config(), args.workers, args.strict, args.force)
 
 
 if __name__ == "__main__":
