@@ -1,79 +1,49 @@
-"""
-python eval/libritts.py --source LibriTTS/test-clean
+"""Write a fixed sample of prompts, one per line, from your own copy of LibriTTS. This repository contains none of its text.
 
-Writes a fixed sample of prompts, one a line, from your own copy of LibriTTS; the repo ships none of its text.
-The same seed and the same corpus give the same bytes on every machine, so that error rates can be compared.
-Defaults: --out eval/libritts_samples.txt, --num 128, --seed 1337.
+    python eval/libritts.py --source LibriTTS/test-clean
+
+The same seed and corpus give the same bytes on every machine, so error rates can be compared.
 """
 import argparse
 import hashlib
-import os
-import sys
 from pathlib import Path
 
-SUFFIX = ".normalized.txt"  # SPEAKER/CHAPTER/SPEAKER_CHAPTER_PARA_SENT.normalized.txt
+from common import UserError, make_folder, run_cli, write_file
+
+SUFFIX = ".normalized.txt"  # SPEAKER/CHAPTER/SPEAKER_CHAPTER_PARAGRAPH_SENTENCE.normalized.txt
 MIN_WORDS, MAX_WORDS = 4, 30
 GET_IT = "get LibriTTS test-clean from https://www.openslr.org/60/, unpack it and pass its folder as --source"
 
 
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def find_transcripts(source):
-    if not source.is_dir():
-        found = "a file" if source.exists() else "nothing"
-        fail(f"found {found} at {source}, expected a folder such as LibriTTS/test-clean; {GET_IT}")
-    files = sorted(p for p in source.rglob("*") if p.is_file())  # ties must not show the file system's order
-    transcripts = [p for p in files if p.name.endswith(SUFFIX) and p.name[0] != "."]  # Macs leave "._" twins
-    if not transcripts:
-        found = f"{len(files)} other file(s) such as {files[0].relative_to(source)}" if files else "no files"
-        fail(f"found {found} under {source}, expected SPEAKER/CHAPTER/*{SUFFIX}; {GET_IT}")
-    return transcripts
-
-
-def sample_order(seed):
-    # a hash and not a shuffle: one file more or less leaves the order of the others alone
-    return lambda path: hashlib.sha1(f"{seed} {path.name.removesuffix(SUFFIX)}".encode()).digest()
-
-
-def read_sentences(transcripts):
-    sentences = {}  # keyed without case, so that a sentence read by two speakers is asked for once
-    for path in transcripts:
-        try:
-            text = " ".join(path.read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as e:
-            fail(f"found {path} unreadable ({e}), expected UTF-8 text; unpack the archive again")
+def read_sentences(source: Path, seed: int) -> list[str]:
+    """The distinct sentences of MIN_WORDS to MAX_WORDS words below `source`, in an order given by `seed`."""
+    files = sorted(p for p in source.rglob("*" + SUFFIX) if not p.name.startswith("."))  # macOS adds ._ files
+    if not files:
+        raise UserError(f"found no */*/*{SUFFIX} in {source}; {GET_IT}")
+    sentences = {}  # keyed by lower case, so that a sentence read by two speakers is used once
+    # sorted by a hash, so that one file more or less does not change the order of the others
+    for path in sorted(files, key=lambda p: hashlib.sha1(f"{seed} {p.name.removesuffix(SUFFIX)}".encode()).digest()):
+        text = " ".join(path.read_text(encoding="utf-8").split())
         if MIN_WORDS <= len(text.split()) <= MAX_WORDS:
             sentences.setdefault(text.lower(), text)
     return list(sentences.values())
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="write a fixed sample of prompts from a copy of LibriTTS")
-    parser.add_argument("--source", type=Path, required=True, help="a folder such as LibriTTS/test-clean")
-    parser.add_argument("--out", type=Path, default=Path("eval/libritts_samples.txt"))
-    parser.add_argument("--num", type=int, default=128, help="how many sentences to write")
-    parser.add_argument("--seed", type=int, default=1337, help="another seed, another sample")
-    args = parser.parse_args(argv)
-    if args.num < 1:
-        fail(f"found --num {args.num}, expected at least 1; pass a larger --num")
-    sentences = read_sentences(sorted(find_transcripts(args.source), key=sample_order(args.seed)))
-    what = f"{len(sentences)} distinct sentences of {MIN_WORDS} to {MAX_WORDS} words"
-    if len(sentences) < args.num:
-        fail(f"found {what} under {args.source}, expected at least {args.num}; lower --num or {GET_IT}")
-    tmp = args.out.parent / f".{args.out.name}.{os.getpid()}.tmp"
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_bytes("".join(s + "\n" for s in sentences[:args.num]).encode())  # the same bytes on Windows
-        os.replace(tmp, args.out)
-    except OSError as e:
-        if tmp.exists():
-            tmp.unlink()
-        fail(f"cannot write {args.out} ({e}); pass another --out")
-    print(f"wrote {args.num} of {what} to {args.out}")
+def main(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--source", type=Path, required=True, help="a folder such as LibriTTS/test-clean")
+    p.add_argument("--out", type=Path, default=Path("eval/libritts_samples.txt"))
+    p.add_argument("--num", type=int, default=128, help="number of sentences")
+    p.add_argument("--seed", type=int, default=1337, help="another seed gives another sample")
+    args = p.parse_args(argv)
+    sentences = read_sentences(args.source, args.seed)
+    available = f"{len(sentences)} distinct sentences of {MIN_WORDS} to {MAX_WORDS} words"
+    if not 1 <= args.num <= len(sentences):
+        raise UserError(f"--num {args.num}: found {available} in {args.source}; lower --num (at least 1) or {GET_IT}")
+    make_folder(args.out.parent)
+    write_file(args.out, "".join(s + "\n" for s in sentences[:args.num]))
+    print(f"wrote {args.num} of {available} to {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

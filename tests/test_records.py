@@ -1,21 +1,18 @@
-"""The speedrun's script: what a run's score is, and what it refuses. The runs themselves are no matter for tests."""
-import importlib.util
+"""The speedrun's script: what the score of a run is, what a record keeps, and what is refused."""
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
+import evaluator
 from audio import griffin_lim, write_wav
-from config import Config, UserError
-from data import Corpus
+from common import UserError
+from config import Config
+from corpus import Corpus
 from eval import ctc
-
-ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("records_run", ROOT / "records" / "run.py")
-records = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(records)
+from records import run as records
 
 
 def metrics(*rates):
@@ -33,37 +30,59 @@ def test_the_score_is_the_training_time_of_the_first_evaluation_at_the_target():
     assert never["minutes"] is None and never["rate"] == 0.06 and never["train_minutes"] == 1.0
     with pytest.raises(UserError, match="eval_interval"):
         records.time_to_target(metrics(), "eval/cer", 0.05)
-    line = records.row("demo-cpu", "name", "idea", [found, found | {"minutes": 3.0}, found | {"minutes": 2.0}], "2026-01-01")
+    line = records.table_row("demo-cpu", "name", "idea", [found, found | {"minutes": 3.0}, found | {"minutes": 2.0}], "2026-01-01")
     assert line == "| demo-cpu | **2.00** | 1.00 (5.0% at 20), 3.00 (5.0% at 20), 2.00 (5.0% at 20) | idea | 2026-01-01 | [log](name/) |"
-    assert "| not reached | 1.00 (5.0% at 20), 1.00 (6.0% at 20) |" in records.row("t", "n", "i", [found, never], "d")
+    assert "| not reached | 1.00 (5.0% at 20), 1.00 (6.0% at 20) |" in records.table_row("t", "n", "i", [found, never], "d")
 
 
-def test_a_row_joins_the_tables_end_and_the_rest_of_the_page_stays():
+def test_a_row_joins_the_end_of_the_table_and_the_rest_of_the_page_stays():
     page = "# The speedrun\n\n| track | corpus |\n|---|---|\n| `demo-cpu` | x |\n\n| track | minutes | more |\n|---|---|---|\n\n| idea | CER |\n"
-    once = records.add_row(page, "| demo-cpu | 1 |")
-    twice = records.add_row(once, "| open-vocab-gpu | 2 |")
-    assert twice.splitlines()[6:] == ["| track | minutes | more |", "|---|---|---|", "| demo-cpu | 1 |", "| open-vocab-gpu | 2 |", "",
-                                      "| idea | CER |"]
-    assert records.add_row((ROOT / "records" / "README.md").read_text(), "| demo-cpu | new |").count("| demo-cpu | new |\n") == 1
+    twice = records.add_row(records.add_row(page, "| demo-cpu | 1 |"), "| ljspeech-gpu | 2 |")
+    rule = "|---|---|---|\n"
+    assert twice == page.replace(rule, f"{rule}| demo-cpu | 1 |\n| ljspeech-gpu | 2 |\n")
+    ours = (ROOT / "records" / "README.md").read_text()
+    assert records.add_row(ours, "| demo-cpu | new |").replace("| demo-cpu | new |\n", "") == ours
 
 
-def test_where_the_target_hangs_on_the_recordings_the_judge_hears_them(demo_corpus, tmp_path):
+def test_a_record_keeps_the_logs_of_each_seed_and_the_config_of_the_first(tmp_path):
+    runs = []
+    for seed in (1337, 1338):
+        out = tmp_path / str(seed)
+        out.mkdir()
+        for name in ("config.yaml", "metrics.jsonl", "runs.jsonl"):
+            (out / name).write_text(f"{name} {seed}")
+        runs.append({"minutes": 1.0, "seed": seed, "out": out})
+    records.write_record(tmp_path / "record", "an idea", runs)
+    kept = {p.name: p.read_text() for p in (tmp_path / "record").iterdir()}
+    readme = kept.pop("README.md")
+    assert kept == {"config.yaml": "config.yaml 1337", "metrics_1337.jsonl": "metrics.jsonl 1337", "runs_1337.jsonl": "runs.jsonl 1337",
+                    "metrics_1338.jsonl": "metrics.jsonl 1338", "runs_1338.jsonl": "runs.jsonl 1338"}
+    assert readme.startswith("# record\n\nan idea\n\n```bash\npython ")
+    assert json.loads(readme.split("```json\n")[1].split("```")[0]) == [{"minutes": 1.0, "seed": 1337}, {"minutes": 1.0, "seed": 1338}]
+
+
+def test_a_failed_command_is_an_error():
+    with pytest.raises(UserError, match="nothing.py failed; nothing was recorded"):
+        records.call("nothing.py")
+
+
+@pytest.mark.slow
+def test_a_target_above_the_recordings_is_measured_on_them(demo_corpus, tmp_path, monkeypatch):
     corpus = shutil.copytree(demo_corpus, tmp_path / "corpus")
     recordings = tmp_path / "wavs"
     recordings.mkdir()
-    ctc.main(["--data_dir", str(corpus), "--judge_steps", "2"])
     opened = Corpus(str(corpus), Config())
+    ctc.train_judge(opened, Config(), corpus / "judge_ctc.pt", steps=2)
     for i in opened.split("val", Config()):
         wav = griffin_lim(torch.from_numpy(opened.mel(i).astype("float32")), Config(), iterations=2)
         write_wav(recordings / f"{opened.ids[i]}.wav", wav, 22050)
     flags = ["--data_dir", str(corpus), "--eval_judge", "ctc", "--eval_prompts", "val", "--eval_num_samples", "3"]
     track = records.TRACKS["ljspeech-gpu"]
+    monkeypatch.setattr(records, "call", lambda script, *flags: {"evaluator.py": evaluator.main}[script](list(flags)))  # in this process
     goal = records.target(track, flags, str(recordings), tmp_path / "heard")
     heard = json.loads((tmp_path / "heard" / "recordings.json").read_text())
     assert heard["count"] == 3 and heard["judge"] == "ctc" and goal == heard["wer"] + 0.02
     assert records.target(records.TRACKS["demo-cpu"], flags, "nowhere", tmp_path) == 0.05
-    with pytest.raises(UserError, match="nothing.py failed; nothing was recorded"):
-        records.call("nothing.py")
 
 
 def test_mistakes_are_refused_before_anything_runs(tmp_path, monkeypatch):
@@ -73,3 +92,21 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=complaint):
             records.main(["demo-cpu", "--idea", "x", *flags])
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.slow
+def test_a_track_runs_from_corpus_to_record(demo_corpus, tmp_path, monkeypatch):
+    """At a tiny size: judge, training, evaluation, the record's folder and its row."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(records, "HERE", tmp_path)  # so that the test leaves nothing in the repository
+    (tmp_path / "README.md").write_text("# Records\n\n| track | minutes |\n|---|---|\n\nWhat was tried.\n")
+    corpus = shutil.copytree(demo_corpus, tmp_path / "corpus")
+    monkeypatch.setattr(ctc, "STEPS", 2)
+    ctc.load_ctc_judge(str(corpus), Config())
+    small = ("--width 32 --heads 2 --layers 1 --text_encoder_width 32 --text_encoder_heads 2 --text_encoder_layers 1 "
+             "--effective_batch_size 4 --batch_size 4 --max_steps 2 --eval_interval 2 --val_interval 0 --eval_steps 1 "
+             f"--eval_num_samples 1 --data_dir {corpus}").split()
+    records.main(["demo-cpu", "--name", "tiny", "--idea", "none", "--seeds", "1", *small])
+    row = (tmp_path / "README.md").read_text().splitlines()[4]
+    assert row.startswith("| demo-cpu | not reached | 0.0") and row.endswith("[log](tiny/) |")
+    assert {p.name for p in (tmp_path / "tiny").iterdir()} == {"README.md", "config.yaml", "metrics_1337.jsonl", "runs_1337.jsonl"}
