@@ -5,7 +5,6 @@
     python config.py --config configs/demo.yaml --get data_dir,gpus # print single values, one a line (run.sh uses this)
     python config.py --help                                         # every field with its meaning
 """
-import argparse
 import dataclasses
 import difflib
 import inspect
@@ -38,7 +37,7 @@ class Config:
     silence_prob: float = 0.0  # chance that an utterance gets a tail of silence (frames at the log-mel floor)
     max_silence_sec: float = 0.5  # longest such tail
     overfit_first_n_samples: int = 0  # train only on the first n utterances of the training split; 0: on all
-    loader_threads: int = 1  # threads a rank that make batches ahead of time
+    loader_threads: int = 1  # threads per rank that make batches ahead of time
     length_buckets: bool = True  # batches of utterances of similar length; false: random batches (the baseline)
 
     # --- log-mel representation: that of BigVGAN at 22 kHz with 80 bands; must agree with the corpus's meta.json
@@ -115,7 +114,7 @@ class Config:
     # --- evaluation: synthesize prompts, transcribe them, count the errors
     eval_interval: int = 1000  # 0: never
     eval_num_samples: int = 64
-    eval_prompts: str = "val"  # a text file with one prompt a line | val | test | overfit (the training utterances)
+    eval_prompts: str = "val"  # a text file with one prompt per line | val | test | overfit (the training utterances)
     eval_judge: Literal["whisper", "ctc", "none"] = "whisper"  # ctc: trained on the corpus itself; none: wavs only
     eval_steps: int = 32  # Euler steps
     eval_cfg_scale: float = 2.0  # 1: no guidance, 0: no text
@@ -186,10 +185,8 @@ def validate(cfg: Config) -> Config:
         raise UserError(f"{key} = {getattr(cfg, key)!r}: {why}")
 
     for key, choices in CHOICES.items():
-        value = getattr(cfg, key)
-        if value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
-            refuse(key, f"must be one of {', '.join(choices)}; the nearest is '{near}'")
+        if getattr(cfg, key) not in choices:
+            refuse(key, f"must be one of {', '.join(choices)}")
     for key in POSITIVE:
         if getattr(cfg, key) <= 0:
             refuse(key, "must be greater than 0")
@@ -245,19 +242,22 @@ def split_flags(argv: list[str], extra: tuple = ()) -> dict[str, str | bool]:
 
     A key is a config field, `config`, or one of a script's own in `extra`. Raises UserError for any other.
     """
-    def refuse(message):
-        raise UserError(f"command line: {message}")
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    p.error = refuse
-    for name in ("config", *extra, *FIELDS):
-        optional_value = {"nargs": "?", "const": True} if HINTS.get(name) is bool else {}
-        p.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name, **optional_value)
-    flags, unknown = p.parse_known_args(argv)
-    for word in unknown:
+    flags, words = {}, list(argv)
+    while words:
+        word, equals, value = words.pop(0).partition("=")
+        name = word[2:].replace("-", "_")
         if not word.startswith("--"):
-            refuse(f"unexpected word {word!r}; flags look like --key value")
-        field_name(word[2:].partition("=")[0], "command line")
-    return vars(flags)
+            raise UserError(f"command line: unexpected word {word!r}; flags look like --key value")
+        if name not in ("config", *extra):
+            field_name(name, "command line")
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not equals:
+            if HINTS.get(name) is not bool:
+                raise UserError(f"command line: --{name} needs a value")
+            value = True
+        flags[name] = value
+    return flags
 
 
 def from_flags(flags: dict, base: dict | None = None) -> Config:

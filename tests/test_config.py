@@ -225,10 +225,17 @@ def test_numbers_out_of_range_are_refused(value, names):
             config.from_flags({name: value})
 
 
-@pytest.mark.parametrize("key, value, near", [("eval_judge", "wisper", "whisper"), ("cross_rope", "absolut", "absolute")])
-def test_an_unknown_choice_gets_the_nearest_valid_one(key, value, near):
-    with pytest.raises(UserError, match=f"{key} = '{value}': must be one of .*; the nearest is '{near}'"):
+@pytest.mark.parametrize("key, value", [("eval_judge", "wisper"), ("cross_rope", "absolut")])
+def test_an_unknown_choice_is_told_the_valid_ones(key, value):
+    with pytest.raises(UserError, match=f"{key} = '{value}': must be one of {', '.join(CHOICES[key])}"):
         config.load_config([f"--{key}", value])
+
+
+def test_flags_take_any_mixture_of_hyphens_and_values_that_look_like_flags():
+    argv = "--eval_cfg-scale=3 --train-text_encoder --mel_mean -4.8e0 --resume= --out_dir a=b --no_wandb false --seed 2".split()
+    assert config.split_flags(argv) == {"eval_cfg_scale": "3", "train_text_encoder": True, "mel_mean": "-4.8e0", "resume": "",
+                                        "out_dir": "a=b", "no_wandb": "false", "seed": "2"}
+    assert config.from_flags(config.split_flags(argv)).mel_mean == -4.8
 
 
 @pytest.mark.parametrize("argv", [["word"], ["-s", "1"], ["--"], ["--seed"], ["--seed", "--compile"], ["--config"], ["--=1"],
