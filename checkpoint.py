@@ -96,7 +96,7 @@ def last_checkpoint(out: Path) -> str:
 
 @contextmanager
 def naming_checkpoint(out: Path, step: int):
-    """Add to a UserError of the block from where the run can go on."""
+    """Append the last good checkpoint to the message of a UserError raised in this block."""
     try:
         yield
     except UserError as e:
@@ -106,12 +106,13 @@ def naming_checkpoint(out: Path, step: int):
 def find_resume(cfg: Config) -> str | None:
     """The path of the checkpoint to go on from, None for a fresh start. Raises UserError if out_dir holds another run."""
     latest, metrics = (os.path.join(cfg.out_dir, name) for name in ("latest.pt", "metrics.jsonl"))
-    if cfg.resume:
-        return cfg.resume if cfg.resume != "latest" else latest if os.path.exists(latest) else None
-    if os.path.exists(latest) or (os.path.exists(metrics) and os.path.getsize(metrics)):
+    if cfg.resume == "latest":
+        return latest if os.path.exists(latest) else None
+    holds_run = os.path.exists(latest) or (os.path.exists(metrics) and os.path.getsize(metrics))
+    if holds_run and not (cfg.resume and Path(cfg.resume).resolve().parent == Path(cfg.out_dir).resolve()):
         raise UserError(f"{cfg.out_dir} holds a run already; add --resume latest to go on with it, or name another "
                         "--run_name, or delete the folder")
-    return None
+    return cfg.resume or None
 
 
 def resume_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, corpus: str) -> dict:
@@ -150,8 +151,8 @@ def resume_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, corpus: st
 def export(model: TTS, step: int, folder: str, characters: str = "") -> None:
     """Write the parts of a checkpoint that sampling needs: model.safetensors, config.yaml and corpus.json.
 
-    A pretrained text encoder that was not trained is left out, because its name brings it back. `characters` are those of
-    the corpus's texts. Raises UserError.
+    A pretrained text encoder that was not trained is left out: it is loaded again by its name. `characters` are those of the
+    corpus's texts. Raises UserError.
     """
     cfg, state = model.cfg, model.saved_state()
     if os.path.exists(folder):

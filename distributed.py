@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common import UserError, make_folder
+from common import UserError, make_folder, remove
 from config import Config
 
 
@@ -95,7 +95,10 @@ def check_ranks_agree(model: torch.nn.Module, ranks: Ranks) -> None:
 
 def lock_folder(out: Path):
     """Lock a run's folder, so that only one run writes there, until the returned file is closed. Raises UserError."""
-    lock = open(make_folder(out) / "lock", "a+")
+    try:
+        lock = open(make_folder(out) / "lock", "a+")
+    except OSError as e:
+        raise UserError(f"cannot write to out_dir {out}: {e.strerror}; name another --out_dir") from None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
@@ -107,7 +110,7 @@ def lock_folder(out: Path):
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     for left in out.glob("*.tmp"):  # from a run that was killed while it wrote
-        left.unlink()
+        remove(left)
     return lock
 
 
@@ -133,7 +136,7 @@ def stop_signals():
 def agree_to_stop(cfg: Config, step: int, train_seconds: float, asked: list[str], ranks: Ranks) -> int:
     """0: go on, 1: max_train_seconds are over, 2: a signal or the file STOP asked for a stop. The same on all ranks."""
     if cfg.gpus and ranks.world > 1 and step % cfg.log_interval:
-        return 0  # to agree costs a synchronisation, so GPUs do it only at logged steps
+        return 0  # agreeing costs a synchronisation, so several GPUs do it only at logged steps
     if ranks.rank == 0 and (Path(cfg.out_dir) / "STOP").exists():
         asked.append(f"{cfg.out_dir}/STOP")
     stop = 2 if asked else int(0 < cfg.max_train_seconds <= train_seconds)

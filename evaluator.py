@@ -34,7 +34,7 @@ from model import TTS
 from sample import sample
 from text import has_words
 
-COPIES = 8  # so many recordings are copied by the vocoder during training, to hear which faults are the vocoder's
+COPIES = 8  # number of recordings that the vocoder copies during training, to hear which faults are the vocoder's
 
 
 class Prompt(NamedTuple):
@@ -75,7 +75,7 @@ def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> l
 def prepare(cfg: Config, corpus: Corpus, ranks: Ranks, evaluated: bool) -> list[Prompt]:
     """The prompts of a run. Loads vocoder and judge once, so that a missing download is an error now and not hours later.
 
-    A run that was `evaluated` before goes on without them: its training is worth more. Raises UserError.
+    If the run was `evaluated` before, only warn: a missing judge should not stop a long training. Raises UserError.
     """
     prompts = load_prompts(cfg, corpus)
     try:
@@ -98,8 +98,8 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ran
     """
     start, out = time.time(), Path(out_dir)
     with on_all_ranks(ranks):
-        share = dict(list(enumerate(prompts))[ranks.rank::ranks.world])  # this rank's prompts by their index
-        rows, facts = evaluate_share(model, cfg, share, make_folder(out), ranks, floors, recordings)
+        mine = dict(list(enumerate(prompts))[ranks.rank::ranks.world])  # this rank's prompts by their index
+        rows, facts = evaluate_part(model, cfg, mine, make_folder(out), ranks, floors, recordings)
     torch.cuda.empty_cache()  # of the vocoder and the judge
     if ranks.world > 1:
         parts = [None] * ranks.world
@@ -118,7 +118,7 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ran
     return summary
 
 
-def evaluate_share(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path, ranks: Ranks, floors: bool,
+def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path, ranks: Ranks, floors: bool,
                    recordings: str | None) -> tuple[list[dict], dict]:
     """Evaluate one rank's prompts, given by their index. Returns their rows of wer.jsonl, and facts for the summary."""
     texts, attention_maps = [prompt.text for prompt in prompts.values()], []
@@ -148,8 +148,8 @@ def evaluate_share(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Pat
         row["alignment_score"] = round(float(measures.alignment_scores(attention_map)), 4)
         pictures = {"mel": mel.numpy(), "attention": attention_map}
         if prompt.mel is not None:
-            pictures["real_mel"] = prompt.mel
-            row["utt_id"], row["true_seconds"] = prompt.utt_id, len(prompt.mel) * cfg.hop_length / cfg.sample_rate
+            pictures["recording_mel"] = prompt.mel
+            row["utt_id"], row["recording_seconds"] = prompt.utt_id, len(prompt.mel) * cfg.hop_length / cfg.sample_rate
             row["mcd"] = round(measures.mel_cepstral_distortion(mel.numpy(), prompt.mel), 4)
         for name, values in pictures.items():
             row[f"{name}_png"] = save_map(out / f"{row['idx']:06d}_{name}.png", values, cfg)
@@ -161,11 +161,13 @@ def evaluate_share(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Pat
 def judge_recordings(cfg: Config, folder: str, device) -> dict:
     """The judge's error rates on the recordings of cfg's prompts, <utt_id>.wav in `folder`. Raises UserError."""
     if cfg.eval_judge == "none":
-        raise UserError("eval_judge = 'none': nobody listens to the recordings; expected whisper or ctc")
+        raise UserError("eval_judge = 'none': there is no judge for the recordings; expected whisper or ctc")
     prompts = load_prompts(cfg)
     wavs, judge = read_recordings(folder, prompts, cfg), load_judge(cfg, device)
-    rows = listen(judge, [prompt.text for prompt in prompts], wavs, cfg)
-    return {"judge": judge.name, "count": sum(row["edits"] is not None for row in rows), **measures.error_rates(rows)}
+    rows = [row for row in listen(judge, [prompt.text for prompt in prompts], wavs, cfg) if row["edits"]]
+    if not rows:
+        raise UserError(f"no recording in {folder} has a text that the judge {judge.name} can transcribe")
+    return {"judge": judge.name, "count": len(rows), **measures.error_rates(rows)}
 
 
 def compare(folder_a: str, folder_b: str) -> str:

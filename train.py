@@ -25,7 +25,7 @@ from checkpoint import last_checkpoint, naming_checkpoint, resume_checkpoint, sa
 from common import UserError, first_line, run_cli, tell, warn, write_file
 from config import Config, load_config, to_yaml
 from corpus import Corpus
-from data import TrainingSteps, collate, describe, training_loader
+from data import TrainingSteps, collate, describe, training_loader, training_rows
 from distributed import Ranks, any_rank, on_all_ranks, reduce_over_ranks
 from eval.page import write_run_page
 from metric import Metrics, Window, peak_memory, provenance
@@ -44,11 +44,14 @@ def load_model(cfg: Config, ranks: Ranks) -> tuple[Corpus, TTS]:
     cfg.mel_mean = corpus.mel_stats[0] if cfg.mel_mean is None else cfg.mel_mean
     cfg.mel_std = corpus.mel_stats[1] if cfg.mel_std is None else cfg.mel_std
     torch.manual_seed(cfg.seed)
-    model = TTS(cfg).to(ranks.device)
+    model, about = TTS(cfg).to(ranks.device), describe(corpus, cfg)
+    tokens = {corpus.ids[i]: len(model.tokenise(corpus.texts[i])) for i in training_rows(corpus, cfg)}
+    if long := [utt_id for utt_id, count in tokens.items() if count > model.most_tokens]:
+        raise UserError(f"{len(long)} text(s) of {corpus.dir} have more than the {model.most_tokens} tokens that the text "
+                        f"encoder reads, such as those of {long[:5]}; shorten them, or lower block_size")
     if ranks.rank == 0:
-        tell(describe(corpus, cfg))
-        tell("parameters: " + ", ".join(f"{part} {count / 1e6:.2f} M ({trainable / 1e6:.2f} M trainable)"
-                                        for part, (count, trainable) in parameter_table(model).items()))
+        tell(f"{about}\nparameters: " + ", ".join(f"{part} {count / 1e6:.2f} M ({trainable / 1e6:.2f} M trainable)"
+                                                  for part, (count, trainable) in parameter_table(model).items()))
     return corpus, model
 
 
@@ -98,20 +101,21 @@ def evaluate(model: TTS, cfg: Config, prompts: list, step: int, train_seconds: f
         tell(f"step {step}: synthesizing {len(prompts)} prompts, {cfg.eval_steps} Euler steps each")
     try:
         summary = evaluator.evaluate(model, cfg, prompts, folder, ranks, step, str(out / f"ckpt_step_{step:08d}.pt"))
-        if metrics:
-            rates = {} if summary["wer"] is None else {"eval/wer": summary["wer"], "eval/cer": summary["cer"]}
-            metrics.log(step, rates | {"eval/alignment_score": summary["alignment_score"], "time/train_sec": train_seconds,
-                                       "time/eval_sec": summary["total_seconds"]})
-            metrics.media(step, folder)
-            shown = ", ".join(f"{name[5:].upper()} {rate:.2%}" for name, rate in rates.items())
-            tell(f"step {step}: {shown or 'evaluated'} after {train_seconds / 60:.1f} min of training")
-            write_run_page(out)
-    except Exception as e:  # evaluator.evaluate raises on all ranks alike
+    except Exception as e:  # on all ranks alike
         if not forgive:
             raise
         warn(f"step {step}: evaluation failed: {first_line(e)}")
         if not isinstance(e, UserError):
             traceback.print_exc()
+        return
+    if metrics:
+        rates = {} if summary["wer"] is None else {"eval/wer": summary["wer"], "eval/cer": summary["cer"]}
+        metrics.log(step, rates | {"eval/alignment_score": summary["alignment_score"], "time/train_sec": train_seconds,
+                                   "time/eval_sec": summary["total_seconds"]})
+        metrics.media(step, folder)
+        metrics.attempt("the listening page", write_run_page, out)
+        shown = ", ".join(f"{name[5:].upper()} {rate:.2%}" for name, rate in rates.items())
+        tell(f"step {step}: {shown or 'evaluated'} after {train_seconds / 60:.1f} min of training")
 
 
 # --- the run
@@ -125,8 +129,8 @@ def main(argv: list[str]) -> None:
     if restarted and ((out / "latest.pt").exists() or not cfg.resume):
         cfg.resume = "latest"
     evaluated = any_rank(any(out.glob("eval/*/summary.json")), ranks)
-    corpus, model = load_model(cfg, ranks)
     with on_all_ranks(ranks):
+        corpus, model = load_model(cfg, ranks)
         prompts = evaluator.prepare(cfg, corpus, ranks, evaluated) if cfg.eval_interval else []
         fingerprint = corpus.fingerprint()
         lock = distributed.lock_folder(out) if ranks.rank == 0 else None
@@ -151,7 +155,7 @@ def main(argv: list[str]) -> None:
     if "window" in ckpt:
         window.load(ckpt["window"], ranks)
     train_seconds, skipped, in_a_row = (ckpt.get(k, 0) for k in ("train_seconds", "skipped", "skipped_in_a_row"))
-    saved, tried_step, ckpt = True, step, None  # tried_step: that of the newest checkpoint, written or not
+    saved, tried_step, ckpt = True, step, None  # tried_step: of the newest checkpoint, even if its write failed
     say(f"{'from step ' + str(step) if step else 'training'} to step {last_step}: {ranks.world} rank(s) on "
         f"{ranks.device.type}, {cfg.effective_batch_size} utterances per step, {steps.steps_per_epoch} steps per epoch, "
         f"in {out}")

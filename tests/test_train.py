@@ -177,7 +177,7 @@ def test_a_start_records_code_corpus_and_config(undisturbed, demo_corpus):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert start["commit"] == (commit or None) and isinstance(start["uncommitted"], list if commit else type(None))
     assert start["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert start["corpus"] == Corpus(str(demo_corpus), Config()).check() == undisturbed[1]["corpus"]
+    assert start["corpus"] == Corpus(str(demo_corpus), Config()).fingerprint() == undisturbed[1]["corpus"]
     assert start["config"]["width"] == 32 and start["devices"] and start["ranks"] == 1 and start["step"] == 0
 
 
@@ -257,8 +257,11 @@ def test_another_number_of_ranks_neither_repeats_nor_skips_an_utterance(demo_cor
 
 @slow
 def test_a_run_of_two_ranks_goes_on_with_one(demo_corpus, two_ranks, undisturbed, tmp_path):
-    shutil.copy(two_ranks.whole / "metrics.jsonl", tmp_path)
-    run(demo_corpus, tmp_path, "--resume", two_ranks.whole / "ckpt_step_00000008.pt")
+    with pytest.raises(UserError, match="holds a run already"):  # another run's checkpoint must not overwrite this one
+        run(demo_corpus, two_ranks.whole, "--resume", undisturbed[0] / "ckpt_step_00000008.pt")
+    for name in ("metrics.jsonl", "ckpt_step_00000008.pt"):
+        shutil.copy(two_ranks.whole / name, tmp_path)
+    run(demo_corpus, tmp_path, "--resume", tmp_path / "ckpt_step_00000008.pt")
     assert_like_one_rank(tmp_path, undisturbed)
     with pytest.raises(UserError, match="effective_batch_size was 8, is 4"):
         run(demo_corpus, tmp_path, "--resume", "latest", "--effective_batch_size", 4, "--batch_size", 4)
