@@ -48,8 +48,8 @@ def describe(corpus: Corpus, cfg: Config) -> str:
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, buckets: bool = True) -> list[np.ndarray]:
     """One epoch's batches, each an array of `batch_size` indices into `lengths`; a pure function of its arguments.
 
-    With `buckets`, a batch holds utterances of similar length, and the batches come in random order. Lengths are jittered
-    by 4 %, so that every epoch groups them differently. The remainder of less than a batch is left out, at random.
+    With `buckets`, a batch holds utterances of similar length, and the batches come in random order. Lengths vary
+    by up to 2 %, so that every epoch groups them differently. The remainder of less than a batch is left out, at random.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))[:len(lengths) // batch_size * batch_size]
@@ -188,7 +188,8 @@ def main(argv: list[str]) -> int | None:
     cfg, problems = load_config(argv), []
     try:
         corpus = Corpus(cfg.data_dir, cfg, problems.append)
-        fingerprint = corpus.check(problems.append) if corpus.is_whole else ""
+        if corpus.is_whole:
+            corpus.check(problems.append)
     except UserError as e:  # the check cannot go on
         problems.append(str(e))
     if problems:
@@ -197,7 +198,7 @@ def main(argv: list[str]) -> int | None:
     print(json.dumps({k: v for k, v in corpus.stats.items() if k != "characters"}))
     print(f"{(corpus.frames > cfg.block_size).sum()} of {len(corpus)} utterances are longer than block_size = "
           f"{cfg.block_size} frames and left out; {corpus.stats.get('rejected', 0)} were rejected at preparation "
-          f"(metadata/rejected.jsonl)\nread every frame and found no problem; fingerprint {fingerprint[:12]}")
+          f"(metadata/rejected.jsonl)\nread every frame and found no problem; fingerprint {corpus.fingerprint()[:12]}")
 
 
 if __name__ == "__main__":

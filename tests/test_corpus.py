@@ -478,11 +478,14 @@ def test_the_stored_fingerprint_is_that_of_the_content(whole, folder, tmp_path):
     expected = hashlib.sha256(json.dumps(index).encode() + frames.tobytes()).hexdigest()
     assert corpus.stats["sha256"] == corpus.check() == expected
     assert json.loads((make(tmp_path, shard_utts=3) / "metadata/dataset_stats.json").read_text())["sha256"] == expected  # other shards
+    fingerprint = hashlib.sha256(json.dumps(index).encode() + expected.encode()).hexdigest()
     corpus.paths[0].unlink()
-    assert corpus.fingerprint() == expected  # without reading the frames again
+    assert corpus.fingerprint() == fingerprint  # without reading the frames again
     edit_stats(folder, remove=["sha256"])
     shutil.copy(whole / "mel_shards" / "shard_000" / FRAMES_FILE, corpus.paths[0])
-    assert Corpus(str(folder), CFG).fingerprint() == expected  # of a corpus from another writer
+    assert Corpus(str(folder), CFG).fingerprint() == fingerprint  # of a corpus from another writer
+    of_index(lambda rows: rows[6].update(text="Another text."))(folder)
+    assert Corpus(str(folder), CFG).fingerprint() != fingerprint
 
 
 def flip(frames):
