@@ -5,6 +5,7 @@
 With x0 a normalised log-mel and x1 Gaussian noise, let x_t = (1 - t) x0 + t x1. The decoder learns the velocity v = x1 - x0,
 given x_t, t and the text (rectified flow, arXiv 2209.03003). Sampling goes from t = 1 (noise) to t = 0 (speech).
 """
+import functools
 import math
 import os
 
@@ -19,8 +20,8 @@ from config import Config, load_config
 TIME_FREQUENCIES = 128
 T5_TOKENS = 1024  # ByT5 was trained on up to 1,024 tokens. Its relative positions accept more, but the output is then noise.
 SECONDS_PER_TOKEN = 0.06  # the duration predictor's initial value: about right for English, where a token is a byte
-NEIGHBOURS = 2  # a text block sees so many tokens on either side
-DIAGONAL = 1.0  # weight of the prior towards a straight alignment, which decides as long as the model knows nothing
+NEIGHBOURS = 2  # tokens on either side that a text block sees
+DIAGONAL = 1.0  # weight of the prior towards a straight alignment, which dominates until the model has learned something
 
 
 # --- text encoder
@@ -56,7 +57,7 @@ def load_text_encoder(cfg: Config):
                         f"(https://huggingface.co/{name}) into a folder and set text_encoder_name to it, or set "
                         "text_encoder_name: random and train_text_encoder: true") from None
     most = min(getattr(encoder.config, "max_position_embeddings", T5_TOKENS), tokenizer.model_max_length, T5_TOKENS)
-    return encoder, lambda text: tokenizer(text)["input_ids"], most
+    return encoder, functools.cache(lambda text: tokenizer(text)["input_ids"]), most  # cached: threads must not share it
 
 
 def multiple_of_32(x: float) -> int:
@@ -361,7 +362,7 @@ class TTS(nn.Module):
                 "alignment_loss": torch.as_tensor(alignment_loss, device=loss.device)}
 
     def saved_state(self) -> dict:
-        """The state dict without a frozen pretrained encoder, which its name brings back. Shared weights come once."""
+        """The state dict without a frozen pretrained encoder, which its name identifies. Shared weights come once."""
         frozen = not self.cfg.train_text_encoder and self.cfg.text_encoder_name != "random"
         names = {k for part in (self.named_parameters(), self.named_buffers()) for k, _ in part}  # T5's embeddings have two
         return {k: v for k, v in self.state_dict().items() if k in names and not (frozen and k.startswith("text_encoder."))}
