@@ -29,7 +29,7 @@ PANELS = {"loss": ["train/loss"], "flow loss": ["train/flow_loss", "val/flow_los
           "duration loss": ["train/duration_loss", "val/duration_loss"],
           "share loss": ["train/share_loss", "val/share_loss"], "alignment loss": ["train/alignment_loss"],
           "alignment score": ["eval/alignment_score"], "error rates": ["eval/cer", "eval/wer"],
-          "learning rate": ["optim/lr"], "gradient norm": ["optim/grad_norm"], "seconds a step": ["time/step_sec"]}
+          "learning rate": ["optim/lr"], "gradient norm": ["optim/grad_norm"], "seconds per step": ["time/step_sec"]}
 
 
 def peak_memory(cuda: bool) -> float:
@@ -150,7 +150,7 @@ class Metrics:
             problem = f"{what} could not be written ({type(e).__name__}: {first_line(e)})"
             if self.failures[what] >= FAILURES:
                 raise UserError(f"{problem}, {FAILURES} times in a row. Make room in {self.cfg.out_dir} or repair what the "
-                                "message names, then continue from the last good checkpoint with --resume latest"
+                                "message names, then go on from the last good checkpoint with --resume latest"
                                 + (", or without W&B: --no_wandb" if what == "W&B" else "")) from None
             warn(f"{problem}; training continues")
             return False
@@ -271,8 +271,8 @@ def plot(runs: list[str], out: str, axis: str = "step", smooth: float = 0.0) -> 
     data, several = read_runs(runs), len(runs) > 1
     for name, rows in data.items():
         if not any(curve(rows, key, axis) for keys in PANELS.values() for key in keys):
-            raise UserError(f"--x {axis}: no curves to draw in {name}; expected losses or error rates in metrics.jsonl, for "
-                            "hours also time/step_sec there")
+            raise UserError(f"--x {axis}: no curves to draw in {name}; expected losses or error rates in metrics.jsonl, "
+                            "for hours also time/step_sec")
     panels = {title: keys for title, keys in PANELS.items()
               if any(curve(rows, key, axis) for rows in data.values() for key in keys)}
     colours = colormaps["tab10"].colors if len(data) <= 10 else colormaps["turbo"](np.linspace(0.03, 0.97, len(data)))

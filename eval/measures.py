@@ -33,7 +33,7 @@ def clearest_head(attention_maps: np.ndarray) -> np.ndarray:
     return attention_maps[alignment_scores(attention_maps).argmax()]
 
 
-def mel_cepstral_distortion(log_mel: np.ndarray, real_log_mel: np.ndarray) -> float:
+def mel_cepstral_distortion(log_mel: np.ndarray, recording_log_mel: np.ndarray) -> float:
     """Mel-cepstral distortion in dB between two log-mels (frames, n_mels), natural logarithm of amplitude.
 
     (10 / ln 10) sqrt(2 Σ (c_d - c'_d)²) over the cepstra 1 to 13 (Kubichek, "Mel-cepstral distance measure for objective
@@ -43,7 +43,7 @@ def mel_cepstral_distortion(log_mel: np.ndarray, real_log_mel: np.ndarray) -> fl
     """
     from librosa.sequence import dtw  # here, because numba needs seconds to compile it
     from scipy.fft import dct
-    cepstra = [dct(np.asarray(m, np.float64), axis=1)[:, 1:14].T / m.shape[1] for m in (log_mel, real_log_mel)]
+    cepstra = [dct(np.asarray(m, np.float64), axis=1)[:, 1:14].T / m.shape[1] for m in (log_mel, recording_log_mel)]
     costs, pairs = dtw(*cepstra)  # costs: Euclidean distances, summed along the best warping
     return float(10 / np.log(10) * np.sqrt(2) * costs[-1, -1] / len(pairs))
 
@@ -80,14 +80,15 @@ def figures(rows: list[dict]) -> dict:
     duration_error is the mean absolute difference from the recordings' durations, duration_bias the mean difference, both
     relative. Speaking rates are in characters per second.
     """
-    real = [row for row in rows if row.get("true_seconds")]
-    difference = np.array([row["predicted_seconds"] / row["true_seconds"] - 1 for row in real])
+    recorded = [row for row in rows if row.get("recording_seconds")]
+    difference = np.array([row["predicted_seconds"] / row["recording_seconds"] - 1 for row in recorded])
     values = error_rates(rows) | error_rates(rows, "vocoded_") | error_rates(rows, "recording_") | {
         "alignment_score": float(np.mean([row["alignment_score"] for row in rows])),
-        "mcd": float(np.mean([row["mcd"] for row in real])) if real else None,
-        "duration_error": float(np.abs(difference).mean()) if real else None,
-        "duration_bias": float(difference.mean()) if real else None}
-    for name, part, key in (("speaking_rate", rows, "predicted_seconds"), ("real_speaking_rate", real, "true_seconds")):
+        "mcd": float(np.mean([row["mcd"] for row in recorded])) if recorded else None,
+        "duration_error": float(np.abs(difference).mean()) if recorded else None,
+        "duration_bias": float(difference.mean()) if recorded else None}
+    for name, part, key in (("speaking_rate", rows, "predicted_seconds"),
+                            ("recording_speaking_rate", recorded, "recording_seconds")):
         values[name] = sum(len(row["reference"]) for row in part) / sum(row[key] for row in part) if part else None
     return values
 
@@ -107,8 +108,8 @@ def markdown(summary: dict) -> str:
     for name, label, form in (
             ("alignment_score", "alignment score (0 to 1)", "{:.3f}"), ("mcd", "mel-cepstral distortion", "{:.2f} dB"),
             ("duration_error", "duration error", "{:.1%}"), ("duration_bias", "duration bias", "{:+.1%}"),
-            ("speaking_rate", "characters a second", "{:.1f}"),
-            ("real_speaking_rate", "characters a second, recordings", "{:.1f}"),
+            ("speaking_rate", "characters per second", "{:.1f}"),
+            ("recording_speaking_rate", "characters per second, recordings", "{:.1f}"),
             ("sampler_rtf", "real-time factor of the sampler", "{:.3g}"),
             ("vocoder_rtf", "real-time factor of the vocoder", "{:.3g}")):
         if summary[name] is not None:

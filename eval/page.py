@@ -23,13 +23,13 @@ from common import UserError, run_cli, warn, write_file
 from metric import curve, read_metrics
 
 COLUMNS = {"idx": "#", "text": "Text", "wer": "WER", "cer": "CER", "predicted_seconds": "Predicted, s",
-           "true_seconds": "True, s", "alignment_score": "Alignment score", "mcd": "MCD, dB"}
-NUMBERS = ("idx", "wer", "cer", "predicted_seconds", "true_seconds", "alignment_score", "mcd", "vocoded_wer", "vocoded_cer",
-           "recording_wer", "recording_cer")
-FILES = ("audio", "vocoded", "recording", "mel_png", "real_mel_png", "attention_png")
+           "recording_seconds": "Rec., s", "alignment_score": "Alignment score", "mcd": "MCD, dB"}
+NUMBERS = ("idx", "wer", "cer", "predicted_seconds", "recording_seconds", "alignment_score", "mcd", "vocoded_wer",
+           "vocoded_cer", "recording_wer", "recording_cer")
+FILES = ("audio", "vocoded", "recording", "mel_png", "recording_mel_png", "attention_png")
 PANELS = {"flow loss": {"train/flow_loss": "training", "val/flow_loss": "validation"},
           "error rates": {"eval/wer": "WER", "eval/cer": "CER"}, "alignment score": {"eval/alignment_score": "mean"}}
-CURVE_POINTS = 400  # a curve with more points is averaged down to this many
+CURVE_POINTS = 400  # of a curve with more points, every second, third, … is shown
 SIMILAR = 0.4  # two words that are less similar (0 to 1) are marked whole, without their common letters
 
 
@@ -125,33 +125,23 @@ TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # not sort
 TEMPLATES.filters["percent"] = percent
 
 
-def write_html(path: Path, template: str, **values) -> Path:
-    write_file(path, TEMPLATES.get_template(template).render(values))
-    return path
-
-
 def write_page(folder) -> Path:
     """Write an evaluation's index.html from its wer.jsonl and summary.json. Raises UserError."""
     folder = Path(folder).resolve()
     summary, rows = read_evaluation(folder)
     columns = {key: label for key, label in COLUMNS.items() if any(row[key] is not None for row in rows)}
     in_run = folder.parent.name == "eval" and (folder.parents[1] / "metrics.jsonl").is_file()
-    return write_html(folder / "index.html", "page.html.j2", rows=rows, columns=columns, summary=summary, in_run=in_run,
-                      run=folder.parents[1].name if in_run else folder.name)
-
-
-def thin(points: list[tuple]) -> list[tuple]:
-    """At most CURVE_POINTS points: the means of groups of neighbours, at the last step of each group."""
-    size = math.ceil(len(points) / CURVE_POINTS) or 1
-    groups = [points[start:start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], round(sum(y for _, y in group) / len(group), 5)) for group in groups]
+    write_file(folder / "index.html", TEMPLATES.get_template("page.html.j2").render(
+        rows=rows, columns=columns, summary=summary, in_run=in_run, run=folder.parents[1].name if in_run else folder.name))
+    return folder / "index.html"
 
 
 def curves(metrics: list[dict]) -> list[dict]:
     """The panels of curves that have data, each with its title and, by label, its points (step, value)."""
     panels = []
     for title, keys in PANELS.items():
-        lines = {label: thin(curve(metrics, key)) for key, label in keys.items()}
+        lines = {label: curve(metrics, key) for key, label in keys.items()}
+        lines = {label: points[::-math.ceil(len(points) / CURVE_POINTS) or 1][::-1] for label, points in lines.items()}
         if any(lines.values()):
             panels.append({"title": title, "lines": {label: line for label, line in lines.items() if line}})
     return panels
@@ -181,7 +171,8 @@ def write_run_page(run_dir) -> Path:
         raise UserError(f"{run_dir} holds neither a run (metrics.jsonl, eval/step_*/) nor an evaluation (wer.jsonl, "
                         "summary.json); expected a folder such as .artifacts/local/demo")
     data = {"prompts": [text for text, _ in prompts], "evaluations": evaluations, "panels": curves(metrics)}
-    return write_html(run / "index.html", "run_page.html.j2", data=data, run=run.name)
+    write_file(run / "index.html", TEMPLATES.get_template("run_page.html.j2").render(data=data, run=run.name))
+    return run / "index.html"
 
 
 def main(argv: list[str]) -> None:

@@ -38,11 +38,11 @@ def evaluation(folder, step=1000, full=True, prompts=PROMPTS, wer=WER, **summary
                "wer": wer[n % len(wer)], "cer": wer[n % len(wer)] and wer[n % len(wer)] / 2, "predicted_seconds": SECONDS}
         tone(folder / row["audio"], pitch=200.0 + 50 * n)
         if full:
-            row |= {"vocoded": f"{n:06d}_vocoded.wav", "recording": f"{n:06d} recording #1.wav", "true_seconds": SECONDS / 2,
+            row |= {"vocoded": f"{n:06d}_vocoded.wav", "recording": f"{n:06d} recording #1.wav", "recording_seconds": SECONDS / 2,
                     "alignment_score": 0.9, "mcd": 5.25 if n else float("nan"), "vocoded_hypothesis": "vocoded", "vocoded_wer": 0.1, "vocoded_cer": 0.05}
             for key in ("vocoded", "recording"):
                 tone(folder / row[key], SECONDS / 2)
-            for key in ("mel_png", "real_mel_png", "attention_png"):
+            for key in ("mel_png", "recording_mel_png", "attention_png"):
                 row[key] = f"{n:06d}_{key}.png"
                 Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 20), np.uint8)).save(folder / row[key])
         rows.append(json.dumps(row, ensure_ascii=False))
