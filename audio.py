@@ -11,7 +11,7 @@ import soundfile
 import soxr
 import torch
 
-from common import UserError, first_line, replacing
+from common import UserError, replacing
 from config import Config
 
 CLAMP = 1e-5
@@ -88,8 +88,8 @@ def wav_stream(path: str, sample_rate: int):
             with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as f:
                 f.write(wav_header(2**31, sample_rate))
                 yield append_to(f)
-        except BrokenPipeError:
-            raise UserError("the program that reads this sound has closed the pipe") from None
+        except OSError as e:  # the reader of the pipe has ended, or the disk is full
+            raise UserError(f"cannot write to standard output: {e.strerror}") from None
         return
     with replacing(path) as tmp, open(tmp, "wb") as f:
         f.write(wav_header(0, sample_rate))
@@ -234,7 +234,7 @@ def load_bigvgan(model: str, device, cfg: Config):
             generator.load_state_dict(state)
             generator.remove_weight_norm()
     except Exception as e:  # torch and pickle raise many types
-        raise UserError(f"{folder} does not hold the config.json and weights of a BigVGAN: {first_line(e)}") from None
+        raise UserError(f"{folder} does not hold the config.json and weights of a BigVGAN ({type(e).__name__})") from None
     return generator.eval().requires_grad_(False).to(device)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from config import Config
 
-# Odd quintics, applied in turn, that bring singular values between 0.02 (with three; 0.005 with four) and 1 to 1 ± 0.1. Each
+# Odd quintic polynomials, applied in turn. Three map singular values in [0.02, 1] to 1 ± 0.1, four those in [0.005, 1]. Each
 # has the smallest maximal error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). They were
 # found by linear programming on a grid. A matrix divided by its norm has singular values around 1 / sqrt(rows), so a larger
 # one needs four. The usual five quintics end between 0.7 and 1.1 and gave no better speech (records/README.md).

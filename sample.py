@@ -7,7 +7,6 @@
     echo "Hello." | python sample.py --ckpt RUN/latest.pt --out - | aplay  # to a pipe, one sentence after another
     python sample.py --ckpt RUN/latest.pt --serve                          # a web page to type into (serve.py)
     python sample.py --ckpt RUN/latest.pt --export VOICE     # a folder to share, with weights that cannot contain code
-    python sample.py --ckpt VOICE --text "…" --out x.wav
 """
 import argparse
 import hashlib
@@ -92,7 +91,7 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
     frames = [min(cfg.block_size, max(1, round((seconds or predicted / speed) * cfg.sample_rate / cfg.hop_length)))
               for _, _, predicted in read]
     order = sorted(range(len(texts)), key=lambda i: frames[i])
-    mels, maps = [None] * len(texts), [None] * len(texts)
+    mels, clearest = [None] * len(texts), [None] * len(texts)
     bar = progress(total=len(texts) * steps, desc=desc, unit="step", disable=desc is None)
     for start in range(0, len(texts), batch_size):
         rows = order[start:start + batch_size]
@@ -105,15 +104,15 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
         mel_lengths = torch.tensor([frames[i] for i in both], device=device)
         with autocast(cfg, device):
             text, alignment = model.condition(features, no_text), model.allot(share, mel_lengths, token_lengths)
-            positions = model.token_positions(share, token_lengths)
+            token_positions = model.token_positions(share, token_lengths)
             for k in range(steps):
                 t = torch.full(mel_lengths.shape, 1 - k / steps, device=device)
-                weights = [] if attention_maps is not None and k == steps // 2 else None
-                velocity = model.decoder(x.repeat(len(both) // len(rows), 1, 1), t, text, positions, mel_lengths,
-                                         token_lengths, alignment, weights).float()
-                if weights:  # a list with (B, heads, positions, tokens) of each block
-                    for i, of_text in zip(rows, torch.stack(weights, dim=1).cpu().numpy()):
-                        maps[i] = clearest_head(of_text[:, :, :math.ceil(frames[i] / cfg.patch), :len(read[i][0])])
+                step_maps = [] if attention_maps is not None and k == steps // 2 else None
+                velocity = model.decoder(x.repeat(len(both) // len(rows), 1, 1), t, text, token_positions, mel_lengths,
+                                         token_lengths, alignment, step_maps).float()
+                if step_maps:  # a list with (B, heads, positions, tokens) of each block
+                    for i, of_text in zip(rows, torch.stack(step_maps, dim=1).cpu().numpy()):
+                        clearest[i] = clearest_head(of_text[:, :, :math.ceil(frames[i] / cfg.patch), :len(read[i][0])])
                 if cfg_scale != 1:
                     with_text, without = velocity.chunk(2)
                     velocity = without + cfg_scale * (with_text - without)
@@ -123,7 +122,7 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
             mels[i] = denormalise(mel[:frames[i]].cpu(), cfg)
     bar.close()
     if attention_maps is not None:
-        attention_maps += maps
+        attention_maps += clearest
     return mels
 
 
@@ -146,7 +145,7 @@ def read_pieces(model: TTS, texts: Iterable[Iterable[str]], speed: float = 1.0, 
         for piece in [Piece(n, "".join(parts), 0.0)] if whole else split_pieces(read_sentences(parts), fits, n):
             if known and (unknown := sorted(set(piece.text) - known)):
                 known.update(unknown)
-                warn(f"the corpus's texts have no {' '.join(map(repr, unknown))}; the model may say anything there")
+                warn(f"{' '.join(map(repr, unknown))} not in the training texts; the pronunciation is unpredictable")
             yield piece
     if piece is None:
         raise UserError("nothing to say; expected some words")
@@ -204,7 +203,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.out is None and args.export is None:
         raise UserError("expected --out, to speak; or --export DIR, to write a folder to share; or --serve")
     if args.num_samples < 1 or (args.out == "-" and (args.num_samples > 1 or args.file is not None or args.plot == "")):
-        raise UserError("expected at least one sample; and with --out - only one, no --file, and --plot with a name")
+        raise UserError("expected at least one sample; --out - allows one, no --file, and --plot only with a file name")
     if all(source is None for source in (args.text, args.file, args.export)) and sys.stdin.isatty():
         raise UserError("nothing to say: give --text, --file, or a text on standard input")
     if any("\ud800" <= c <= "\udfff" for c in args.text or ""):  # Python's stand-ins for bytes that it cannot decode
@@ -268,7 +267,7 @@ def main(argv: list[str]) -> None:
     rows = []
     for take, copy in enumerate(itertools.tee(pieces, args.num_samples)):
         spoken = synthesize(model, vocode, copy, cfg.eval_batch_size, seed=args.seed + take, **options)
-        rows += write_speech(progress(spoken, desc="speaking", unit=" sentences"), args, lines, take, cfg)
+        rows += write_speech(progress(spoken, desc="synthesizing", unit=" sentences"), args, lines, take, cfg)
     if args.file is not None:
         rows.sort(key=lambda row: row["idx"])
         write_file(out / "wer.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

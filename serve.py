@@ -19,7 +19,7 @@ def build_page(gr, model, vocode, steps: int, cfg_scale: float):
     """The page. `gr` is the module gradio; `steps` and `cfg_scale` are what the page shows at first."""
     cfg = model.cfg
 
-    def speak(text, steps, cfg_scale, speed, seed):
+    def respond(text, steps, cfg_scale, speed, seed):
         wavs, mels = [], []
         try:
             pieces = read_pieces(model, [[text]], speed)
@@ -32,13 +32,13 @@ def build_page(gr, model, vocode, steps: int, cfg_scale: float):
         wav = (np.concatenate(wavs[:-1]).clip(-1, 1) * 32767).round().astype(np.int16)
         return (cfg.sample_rate, wav), Image.open(io.BytesIO(mel_png(np.concatenate(mels), cfg)))
 
-    inputs = [gr.Textbox(label="Text", lines=5, autofocus=True),
+    inputs = [gr.Textbox(label="Text", lines=5, autofocus=True, max_length=5000),
               gr.Slider(1, 100, steps, step=1, label="Steps", info="more are slower and finer"),
               gr.Slider(0, 6, cfg_scale, step=0.1, label="Guidance", info="1 is none; more keeps closer to the text"),
               gr.Slider(0.5, 2, 1, step=0.05, label="Speed"),
               gr.Number(0, label="Seed", precision=0, minimum=0)]
     outputs = [gr.Audio(label="Speech", format="wav"), gr.Image(label="Log-mel", format="png")]
-    return gr.Interface(speak, inputs, outputs, title="nanoAudioDiffusion", submit_btn="Speak", clear_btn=None,
+    return gr.Interface(respond, inputs, outputs, title="nanoAudioDiffusion", submit_btn="Speak", clear_btn=None,
                         flagging_mode="never", api_name="speak")
 
 

@@ -1,4 +1,4 @@
-"""The embedded corpus: sentences of a small grammar, read by espeak-ng. It needs no downloads, no recordings and one minute.
+"""The grammar corpus: sentences of a small grammar, read by espeak-ng. It needs no downloads, no recordings and one minute.
 
     python data/demo/prepare.py --out data/demo_bigvgan
     python data/demo/prepare.py --out data/mine_bigvgan --text lines.txt       # read your own lines instead

@@ -22,11 +22,6 @@ URL = f"https://data.keithito.com/data/speech/{NAME}.tar.bz2"
 SHA256 = "be1a30453f28eb8dd26af4101ae40cbf2c50413b1bb21936cbcdc6fae3de8aa5"
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def download(url: str, archive: Path, expected: str) -> None:
     """Fetch `url` to `archive`. Continue from the .part file that an interrupted call has left.
 
@@ -51,7 +46,8 @@ def download(url: str, archive: Path, expected: str) -> None:
         if getattr(e, "code", 0) != 416:  # 416: the .part file is complete already, so only its hash has to be checked
             raise UserError(f"cannot download {url}: {e}. Run the same command again to continue. Or fetch {NAME}.tar.bz2 "
                             "(2.7 GB) elsewhere, unpack it, and give --source FOLDER") from None
-    found = sha256(part)
+    with open(part, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != expected:
         part.unlink()
         raise UserError(f"the file from {url} has SHA-256 {found}, expected {expected}; it was deleted, try again")
@@ -61,15 +57,16 @@ def download(url: str, archive: Path, expected: str) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack the archive's folder LJSpeech-1.1 to `folder`. Raises UserError if that fails."""
     print(f"unpacking {archive.name} (minutes)", flush=True)
-    try:
-        with replacing(folder) as tmp, tarfile.open(archive) as tar:
-            tar.extractall(tmp, filter="data")
-            if (tmp / NAME).is_dir():  # move the archive's files up by one level
-                for path in (tmp / NAME).iterdir():
-                    path.rename(tmp / path.name)
-                (tmp / NAME).rmdir()
-    except (tarfile.TarError, EOFError) as e:
-        raise UserError(f"cannot unpack {archive}: {first_line(e)}") from None
+    with replacing(folder) as tmp:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(tmp, filter="data")
+        except (tarfile.TarError, EOFError, OSError) as e:
+            raise UserError(f"cannot unpack {archive}: {first_line(e)}; delete it if it is damaged") from None
+        if (tmp / NAME).is_dir():  # move the archive's files up by one level
+            for path in (tmp / NAME).iterdir():
+                path.rename(tmp / path.name)
+            (tmp / NAME).rmdir()
 
 
 def read_metadata(source: Path) -> list[Utterance]:
@@ -117,7 +114,7 @@ def main(argv: list[str]) -> None:
     source = args.source or args.cache / NAME
     if not args.source and not source.is_dir():
         archive = make_folder(args.cache) / f"{NAME}.tar.bz2"
-        if not archive.exists() or sha256(archive) != args.sha256:
+        if not archive.exists():
             download(args.url, archive, args.sha256)
         unpack(archive, source)
     write_corpus(args.out, read_metadata(source), read_wav, Config(), args.workers, args.strict, args.force)
