@@ -4,7 +4,7 @@
 #   ./run.sh --gpus 1 --batch_size 32          any config field is a flag
 #   BATCH_SIZE=64 NUM_GPUS=2 ./run.sh
 #   ./run.sh --source /data/LJSpeech-1.1       use your copy of LJSpeech instead of a download
-#   ./run.sh --config configs/demo.yaml        the same job on the embedded corpus: no GPU, no downloads
+#   ./run.sh --config configs/demo.yaml        the same job on the grammar corpus: no GPU, no downloads
 #   ./run.sh --gpus 0 --nproc 2 ...            two CPU ranks
 #   ./run.sh prepare [flags]                   only set up and prepare the corpus
 #   ./run.sh test [--fast] [pytest arguments]  the tests; --fast: without those that take seconds

@@ -1,4 +1,4 @@
-"""The embedded corpus (its grammar, its voice, its command), and the ctc judge that learns to transcribe it."""
+"""The grammar corpus (its grammar, its voice, its command), and the ctc judge that learns to transcribe it."""
 import shutil
 import subprocess
 import sys
