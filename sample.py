@@ -145,7 +145,7 @@ def read_pieces(model: TTS, texts: Iterable[Iterable[str]], speed: float = 1.0, 
         for piece in [Piece(n, "".join(parts), 0.0)] if whole else split_pieces(read_sentences(parts), fits, n):
             if known and (unknown := sorted(set(piece.text) - known)):
                 known.update(unknown)
-                warn(f"{' '.join(map(repr, unknown))} not in the training texts; the pronunciation is unpredictable")
+                warn(f"the training texts do not contain {' '.join(map(repr, unknown))}; the model may say anything there")
             yield piece
     if piece is None:
         raise UserError("nothing to say; expected some words")
