@@ -1,7 +1,6 @@
 """Text to speech from a checkpoint. This file holds the repo's one sampler: Euler steps with classifier-free guidance.
 
     python sample.py --ckpt .artifacts/local/demo/latest.pt --text "My brother painted the old bridge." --out x.wav
-    python sample.py --ckpt RUN/latest.pt --text "…" --steps 50 --cfg_scale 2.0 --seed 7 --speed 1.2 --out x.wav
     python sample.py --ckpt RUN/latest.pt --file lines.txt --out DIR       # one wav per line, and a page to listen to them
     python sample.py --ckpt RUN/latest.pt --out book.wav < book.txt        # a text of any length
     echo "Hello." | python sample.py --ckpt RUN/latest.pt --out - | aplay  # to a pipe, one sentence after another

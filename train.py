@@ -50,8 +50,9 @@ def load_model(cfg: Config, ranks: Ranks) -> tuple[Corpus, TTS]:
         raise UserError(f"{len(long)} text(s) of {corpus.dir} have more than the {model.most_tokens} tokens that the text "
                         f"encoder reads, such as those of {long[:5]}; shorten them, or lower block_size")
     if ranks.rank == 0:
-        tell(f"{about}\nparameters: " + ", ".join(f"{part} {count / 1e6:.2f} M ({trainable / 1e6:.2f} M trainable)"
-                                                  for part, (count, trainable) in parameter_table(model).items()))
+        table = parameter_table(model)
+        tell(f"{about}\nparameters: " + ", ".join(f"{part} {count / 1e6:.2f} M" for part, (count, _) in table.items())
+             + f", of which {table['total'][1] / 1e6:.2f} M are trained")
     return corpus, model
 
 

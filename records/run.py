@@ -1,7 +1,6 @@
 """Train a track of the speedrun with several seeds, keep the logs, and add a row to records/README.md.
 
     python records/run.py demo-cpu --name align --idea "alignment search" --max_steps 300 --eval_interval 300
-    python records/run.py demo-cpu --name baseline --idea "…" --config configs/demo_baseline.yaml --seeds 1
     python records/run.py ljspeech-gpu --name first --idea "…"      # downloads LJSpeech, ByT5, BigVGAN and Whisper
 
 All other flags go to train.py. A missing corpus or judge is made first. A run's score is its minutes of training, without
