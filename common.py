@@ -58,10 +58,11 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, hint: str = "name a folder that exists and has room"):
     """Give the block a temporary path. What it writes there gets the name `path` when the block ends without an error.
 
-    So a file or a folder under its final name is always complete. Raises UserError if the system refuses a write.
+    So a file or a folder under its final name is always complete. Raises UserError, which ends with `hint`, if the system
+    refuses a write.
     """
     path, tmp = Path(path), Path(f"{Path(path)}.tmp")
     try:
@@ -69,7 +70,7 @@ def replacing(path):
         yield tmp
         os.replace(tmp, path)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; name a folder that exists and has room") from None
+        raise UserError(f"cannot write {path}: {e.strerror or e}; {hint}") from None
     finally:
         with contextlib.suppress(OSError):
             remove(tmp)

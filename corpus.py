@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 import audio
-from common import UserError, first_line, progress, remove
+from common import UserError, first_line, progress, remove, replacing
 from config import Config
 
 AUDIO_FIELDS = "sample_rate n_fft hop_length win_length n_mels f_min f_max".split()
@@ -35,6 +35,7 @@ INDEX = pa.schema([("utt_id", pa.string()), ("text", pa.string()), ("split", pa.
 SPLITS = ("train", "val", "test")
 BLOCK_BYTES = 2**23  # bytes of frames in memory at a time when all are read
 HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16)  # HALVES[i] is the float16 whose bits are the integer i
+SHARDS_ARE_KEPT = "finished shards are kept: solve that, and run the same command again to go on"
 PREPARE_AGAIN = "delete the corpus and prepare it again"
 
 
@@ -116,8 +117,7 @@ def writing(partial: Path):
     try:
         yield
     except OSError as e:
-        raise UserError(f"cannot write {e.filename or f'to {partial}'} ({e.strerror or e}); finished shards are kept: solve "
-                        "that, and run the same command again to go on") from None
+        raise UserError(f"cannot write {e.filename or partial}: {e.strerror or e}; {SHARDS_ARE_KEPT}") from None
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -129,18 +129,16 @@ def npy(array: np.ndarray) -> bytes:
 
 def write_shard(shard: Path, mels: list[np.ndarray], rows: list[dict], cfg: Config) -> None:
     """Write one shard folder. It gets its name when it is complete."""
-    tmp = shard.with_suffix(".tmp")
-    remove(tmp)
-    tmp.mkdir(parents=True)
     lengths = np.array([len(m) for m in mels], dtype=np.int32)
-    (tmp / FRAMES_FILE).write_bytes(b"".join(mels))
-    (tmp / "lengths.int32.npy").write_bytes(npy(lengths))
-    (tmp / "offsets.int64.npy").write_bytes(npy(np.cumsum(lengths, dtype=np.int64) - lengths))
     meta = {k: getattr(cfg, k) for k in AUDIO_FIELDS} | {"num_frames": int(lengths.sum()), "num_utts": len(mels)}
-    (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
-    (tmp / "rows.json").write_text(json.dumps(rows))  # for a resumed preparation; deleted in the finished corpus
-    remove(shard)
-    os.rename(tmp, shard)
+    with replacing(shard, SHARDS_ARE_KEPT) as tmp:
+        tmp.mkdir()
+        (tmp / FRAMES_FILE).write_bytes(b"".join(mels))
+        (tmp / "lengths.int32.npy").write_bytes(npy(lengths))
+        (tmp / "offsets.int64.npy").write_bytes(npy(np.cumsum(lengths, dtype=np.int64) - lengths))
+        (tmp / "meta.json").write_text(json.dumps(meta, indent=1))
+        (tmp / "rows.json").write_text(json.dumps(rows))  # for a resumed preparation; deleted in the finished corpus
+        remove(shard)
 
 
 def refuse_existing(out_dir: str, force: bool) -> None:
@@ -213,8 +211,7 @@ def write_corpus(out_dir: str, utterances: list[Utterance], read, cfg: Config, w
                                 "shard": n, "row": len(mels)}
                         mels.append(mel)
                     rows.append(row)
-                with writing(partial):
-                    write_shard(shards[n], mels, rows, cfg)
+                write_shard(shards[n], mels, rows, cfg)
         return finish_corpus(out, partial, shards)
 
 

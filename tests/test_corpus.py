@@ -250,7 +250,7 @@ def test_an_interrupted_preparation_goes_on_after_its_last_shard(tmp_path, undis
     assert content(out) == undisturbed and os.listdir(tmp_path) == ["x"]
 
 
-OPERATIONS = [(Path, "mkdir"), (Path, "unlink"), (Path, "write_text"), (Path, "write_bytes"), (os, "rename"), (shutil, "rmtree"),
+OPERATIONS = [(Path, "mkdir"), (Path, "unlink"), (Path, "write_text"), (Path, "write_bytes"), (os, "rename"), (os, "replace"), (shutil, "rmtree"),
               (pq, "write_table")]
 
 
@@ -280,13 +280,14 @@ def test_a_preparation_that_fails_between_any_two_file_operations_goes_on(tmp_pa
             asked = fail_at(mp, moment, error)
             try:
                 write(out, JOB)
-                break
             except KeyboardInterrupt:
                 pass
             except UserError as e:
                 assert "cannot write" in str(e) and "Read-only file system" in str(e) and str(out) in str(e), asked
-        assert not out.exists()
-        write(out, JOB)
+        if len(asked) <= moment:
+            break
+        if not out.exists():  # only a failure to clean up leaves a whole corpus
+            write(out, JOB)
         assert content(out) == undisturbed, f"failed after operation {moment} ({asked[-3:]})"
     assert moment > 25
 
@@ -295,7 +296,7 @@ def test_a_preparation_that_fails_between_any_two_file_operations_goes_on(tmp_pa
 @pytest.mark.parametrize("room", [0, 63, 100, 140, 250, 700, 900, 2000])
 def test_a_full_disk_ends_a_preparation_in_one_line(tmp_path, undisturbed, room):
     out = tmp_path / "x"
-    with full_disk(room), pytest.raises(UserError, match=f"cannot write to {out}.partial \\(.*File too large\\); finished shards"):
+    with full_disk(room), pytest.raises(UserError, match=f"cannot write {out}.partial.*File too large; finished shards"):
         write(out, JOB)
     assert not out.exists()
     done = len(list(Path(f"{out}.partial").glob("mel_shards/shard_???")))
@@ -309,7 +310,7 @@ def test_a_full_disk_never_cuts_off_a_file_silently(tmp_path, frames, largest):
     """np.save and tofile can lose the end of a file on a full disk without an error, so nothing here uses them."""
     mels = [np.zeros((n, CFG.n_mels), np.float16) for n in frames]
     for room in range(0, 6000, 400):
-        with full_disk(room), contextlib.suppress(OSError):
+        with full_disk(room), contextlib.suppress(UserError):
             corpus_module.write_shard(tmp_path / f"{room}", mels, [], CFG)
         assert (tmp_path / f"{room}").exists() == (room >= largest), room
 
