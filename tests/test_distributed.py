@@ -48,6 +48,17 @@ def test_an_error_on_one_rank_is_raised_on_all(other_rank):
         pass
 
 
+def test_a_folder_that_cannot_be_locked_is_one_line_and_leftovers_go(tmp_path):
+    (tmp_path / "voice.tmp").mkdir()  # an export that was killed
+    (tmp_path / "latest.pt.tmp").touch()
+    distributed.lock_folder(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match=f"cannot write to out_dir {tmp_path}: .*name another --out_dir"):
+        distributed.lock_folder(tmp_path)
+
+
 def test_signals_ask_for_a_stop_and_a_second_ctrl_c_interrupts():
     hangup, terminate = (signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGTERM))
     try:

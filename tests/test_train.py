@@ -495,6 +495,13 @@ def test_mistakes_are_one_line_and_status_2(demo_corpus, tmp_path, monkeypatch, 
     assert e.value.code == 2 and stderr.startswith("error: ") and complaint in stderr and stderr.count("\n") == 1
 
 
+def test_texts_longer_than_the_encoder_reads_are_refused(demo_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.T5_TOKENS", 30)
+    with pytest.raises(UserError, match=r"text\(s\) of .* have more than the 30 tokens .*'demo_00.*shorten them"):
+        run(demo_corpus, tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_validation_does_not_depend_on_the_batch_size(demo_corpus):
     model = small_model(val_num_samples=8)
     corpus, values = Corpus(str(demo_corpus), model.cfg), []
