@@ -48,8 +48,9 @@ def describe(corpus: Corpus, cfg: Config) -> str:
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, buckets: bool = True) -> list[np.ndarray]:
     """One epoch's batches, each an array of `batch_size` indices into `lengths`; a pure function of its arguments.
 
-    With `buckets`, a batch holds utterances of similar length, and the batches come in random order. Lengths vary
-    by up to 2 %, so that every epoch groups them differently. The remainder of less than a batch is left out, at random.
+    With `buckets`, a batch holds utterances of similar length, and the batches come in random order. The sort adds a jitter
+    of up to 2 % to the lengths, so that every epoch groups them differently. A random remainder of less than a batch is
+    left out.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))[:len(lengths) // batch_size * batch_size]

@@ -234,7 +234,7 @@ class Decoder(nn.Module):
         return self.out(self.norm(x)).view(B, -1, cfg.n_mels)[:, :frames]
 
 
-# --- the whole
+# --- the whole model
 
 def autocast(cfg: Config, device: torch.device):
     """torch's autocast for cfg.dtype: bfloat16 matrix products if it is bfloat16, or auto on a GPU."""
