@@ -10,18 +10,22 @@ from config import Config
 # has the smallest maximal error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). They were
 # found by linear programming on a grid. A matrix divided by its norm has singular values around 1 / sqrt(rows), so a larger
 # one needs four. The usual five quintics end between 0.7 and 1.1 and gave no better speech (records/README.md).
+# The polynomials grow steeply beyond 1, where bfloat16's rounding would carry a matrix of rank 1. MARGIN keeps all below it.
 QUINTICS = {3: ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.594, 0.4107)),
             4: ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978),
                 (2.1895, -1.5672, 0.4079))}
+MARGIN = 1.02
 
 
-def orthogonalise(x: torch.Tensor) -> torch.Tensor:
-    """Wide matrices (N, m, n), m <= n, with all singular values brought near 1, by matrix products only (Newton-Schulz)."""
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+def orthogonalise(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Wide matrices (N, m, n) float32, m <= n, with all singular values brought near 1, by products in `dtype` only
+    (Newton-Schulz). Returns float32.
+    """
+    x = (x / (MARGIN * x.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)).to(dtype)
     for a, b, c in QUINTICS[3 if x.shape[1] <= 256 else 4]:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.float()
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,7 +53,7 @@ class Muon(torch.optim.Optimizer):
                 updates = torch._foreach_lerp(grads, averages, group["momentum"])
                 tall = [p.shape[0] > p.shape[1] for p in alike]
                 wide = torch.stack([u.T if t else u for u, t in zip(updates, tall)])
-                wide = orthogonalise(wide.bfloat16()).float() if wide.is_cuda else orthogonalise(wide)
+                wide = orthogonalise(wide, torch.bfloat16 if wide.is_cuda else torch.float32)
                 torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(alike, [u.T if t else u for u, t in zip(wide, tall)],
                                     alpha=-group["lr"] * 0.2 * longer**0.5)

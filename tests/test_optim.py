@@ -64,6 +64,22 @@ def test_orthogonalised_matrices_have_singular_values_near_1(shape):
     assert orthogonalise(torch.zeros(1, *shape)).abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 192), (192, 512), (192, 192), (256, 1024), (512, 1024)])
+def test_no_matrix_explodes_in_bfloat16(shape, dtype):
+    """Without a margin, rounding carries the one singular value of a matrix of rank 1 beyond 1, from where it grows to 1e6."""
+    rng, (m, n) = torch.Generator().manual_seed(sum(shape)), shape
+    rank_1 = torch.randn(16, m, 1, generator=rng) @ torch.randn(16, 1, n, generator=rng)
+    noise = torch.randn(16, m, n, generator=rng)
+    orthogonal = torch.linalg.qr(noise[0].T)[0].T
+    for matrices in (rank_1, rank_1 / rank_1.norm(dim=(1, 2), keepdim=True) + 1e-6 * noise):
+        values = torch.linalg.svdvals(orthogonalise(matrices, dtype))
+        assert 0.7 < values[:, 0].min() and values.max() < 1.3
+    for matrix in (orthogonal, *([noise[0]] if n > 1.9 * m else [])):  # a square random matrix has a singular value near 0
+        values = torch.linalg.svdvals(orthogonalise(matrix[None], dtype))
+        assert 0.7 < values.min() and values.max() < 1.3
+
+
 @given(decay=st.floats(0.5, 0.999), step=st.integers(0, 2000))
 def test_the_average_moves_by_its_decay(decay, step):
     model = torch.nn.Linear(3, 3)
