@@ -37,6 +37,24 @@ def search_alignment(scores: torch.Tensor, lengths: torch.Tensor, token_lengths:
 
 
 def allot_positions(share: torch.Tensor, lengths: torch.Tensor, token_lengths: torch.Tensor) -> torch.Tensor:
-    """The alignment (B, T) in which each token takes its share (B, L) of the `lengths` (B,) positions."""
-    middle = (torch.arange(int(lengths.max()), device=share.device) + 0.5) / lengths[:, None]
-    return torch.searchsorted(share.cumsum(dim=1), middle).minimum(token_lengths[:, None] - 1)
+    """The alignment (B, T) in which each token takes its share (B, L) of the `lengths` (B,) positions.
+
+    As in training, each token gets at least one position, unless a text has more tokens than positions.
+    """
+    n, last = torch.arange(share.shape[1], device=share.device), token_lengths[:, None] - 1
+    end = (share.double().cumsum(dim=1) * lengths[:, None]).round().long()  # of each token: the first position after it
+    # Each end must exceed the one before. The nearest such ends (by the largest distance) are the mean of the running maximum
+    # from the left and the running minimum from the right: isotonic regression
+    excess = (end - n).where(n <= last, lengths[:, None])
+    spread = (excess.cummax(dim=1).values + excess.flip(1).cummin(dim=1).values.flip(1)) // 2
+    spread = n + spread.clamp(min=1).minimum(lengths[:, None] - last)
+    end = torch.where(last < lengths[:, None], spread, end)
+    positions = torch.arange(int(lengths.max()), device=share.device).repeat(len(share), 1)
+    return torch.searchsorted(end, positions, right=True).minimum(last)
+
+
+def shares(alignment: torch.Tensor, lengths: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The share (B, L) of the `lengths` (B,) positions that an alignment (B, T) gives to each of L = `tokens` tokens."""
+    inside = torch.arange(alignment.shape[1], device=alignment.device) < lengths[:, None]
+    counts = torch.zeros(len(alignment), tokens, device=alignment.device).scatter_add_(1, alignment, inside.float())
+    return counts / lengths[:, None]

@@ -102,7 +102,8 @@ def collate(corpus: Corpus, indices, cfg: Config, tokenise, epoch: int) -> dict[
     """Utterances as one padded batch, with all that is random about them.
 
     mel, noise (B, T, n_mels): normalised, zero beyond mel_lengths (B,). tokens (B, L): zero beyond token_lengths (B,).
-    seconds (B,): speech without the silence tail. t (B,): times in (0, 1). drop_text (B,): bool.
+    speech_lengths (B,): frames before the tail of silence. seconds (B,): with the tail. t (B,): times in (0, 1).
+    drop_text (B,): bool.
     """
     mels, noises, times, drops = [], [], [], []
     for i in indices:
@@ -116,9 +117,11 @@ def collate(corpus: Corpus, indices, cfg: Config, tokenise, epoch: int) -> dict[
         mels.append(audio.normalise(mel, cfg))
         noises.append(rng.standard_normal(mel.shape, dtype=np.float32))
     tokens = [np.array(tokenise(corpus.texts[i])) for i in indices]
-    return {"mel": padded(mels), "noise": padded(noises), "mel_lengths": torch.tensor([len(m) for m in mels]),
+    mel_lengths = torch.tensor([len(m) for m in mels])
+    return {"mel": padded(mels), "noise": padded(noises), "mel_lengths": mel_lengths,
+            "speech_lengths": torch.from_numpy(corpus.frames[indices]),
+            "seconds": mel_lengths * (cfg.hop_length / cfg.sample_rate),
             "tokens": padded(tokens), "token_lengths": torch.tensor([len(t) for t in tokens]),
-            "seconds": torch.tensor(corpus.frames[indices] * (cfg.hop_length / cfg.sample_rate), dtype=torch.float32),
             "t": torch.sigmoid(torch.tensor(times, dtype=torch.float32)), "drop_text": torch.tensor(drops)}
 
 

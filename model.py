@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from align import allot_positions, search_alignment
+from align import allot_positions, search_alignment, shares
 from common import UserError, first_line, run_cli
 from config import Config, load_config
 
@@ -228,7 +228,9 @@ class Decoder(nn.Module):
             x, time = x + time[:, None], None
         text = self.text_norm(text)
         if alignment is not None:
-            x = x + self.token_features(text).gather(1, alignment[..., None].expand(-1, -1, text.shape[-1]))
+            # In float32, because the backward pass of gather sums over all positions of a token
+            features = self.token_features(text).float().gather(1, alignment[..., None].expand(-1, -1, text.shape[-1]))
+            x = x + features.to(x.dtype)
         for block in self.blocks:
             x = block(x, text, time, mel_mask, text_mask, rotations, attention_maps)
         return self.out(self.norm(x)).view(B, -1, cfg.n_mels)[:, :frames]
@@ -257,7 +259,8 @@ class TTS(nn.Module):
         encoder_width = self.text_encoder.config.hidden_size
         self.text_proj = nn.Linear(encoder_width, cfg.width)
         self.text_blocks = nn.ModuleList(TextBlock(cfg.width) for _ in range(cfg.text_blocks))
-        self.no_text = nn.Parameter(torch.zeros(cfg.width))  # replaces the text's features when the text is dropped
+        # Replaces the text's features when the text is dropped. Not zero, where the gradient of the RMSNorm is huge
+        self.no_text = nn.Parameter(torch.randn(cfg.width))
         self.duration = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, 1))
         nn.init.zeros_(self.duration[-1].weight)
         nn.init.constant_(self.duration[-1].bias, math.log(SECONDS_PER_TOKEN))
@@ -301,10 +304,15 @@ class TTS(nn.Module):
         return n if self.cfg.cross_rope == "absolute" else (n + 0.5) / token_lengths[:, None]
 
     def allot(self, share, mel_lengths, token_lengths):
-        """The alignment (B, positions) for sampling, from the tokens' shares (B, L). None without alignment_search."""
+        """For sampling: the alignment (B, positions) that gives the tokens their shares (B, L), and the shares in it.
+
+        Without alignment_search the alignment is None, and the shares stay as they are.
+        """
         if not self.cfg.alignment_search:
-            return None
-        return allot_positions(share, -(-mel_lengths // self.cfg.patch), token_lengths)
+            return None, share
+        lengths = -(-mel_lengths // self.cfg.patch)
+        alignment = allot_positions(share, lengths, token_lengths)
+        return alignment, shares(alignment, lengths, share.shape[1])
 
     def condition(self, text, drop):
         """Projected text (B, L, D), replaced by the learned no-text vector where drop (B,) is True."""
@@ -313,24 +321,23 @@ class TTS(nn.Module):
     def search(self, batch: dict, text) -> tuple:
         """The best alignment (B, positions) of a batch with its recordings, the tokens' shares of the time (B, L) in it, and
         the sum over frames of the squared distance between log-mels and predicted token mels.
+
+        The search aligns the speech. A tail of silence after it belongs to the last token, </s>.
         """
         cfg, (B, frames, n_mels) = self.cfg, batch["mel"].shape
-        lengths, token_lengths = -(-batch["mel_lengths"] // cfg.patch), batch["token_lengths"]
+        lengths, spoken = (-(-batch[name] // cfg.patch) for name in ("mel_lengths", "speech_lengths"))
+        token_lengths = batch["token_lengths"]
         mel = F.pad(batch["mel"], (0, 0, 0, -frames % cfg.patch)).view(B, -1, cfg.patch, n_mels).mean(dim=2)
         T, L = mel.shape[1], text.shape[1]
         token_mel = self.token_mel(text).to(mel.dtype)  # (B, L, n_mels)
         with torch.no_grad(), torch.autocast(mel.device.type, enabled=False):
             t, n = torch.arange(T, device=mel.device) + 0.5, torch.arange(L, device=mel.device) + 0.5
-            off = t[:, None] / lengths[:, None, None] - n / token_lengths[:, None, None]  # from the diagonal, (B, T, L)
+            off = t[:, None] / spoken[:, None, None] - n / token_lengths[:, None, None]  # from the diagonal, (B, T, L)
             scores = mel @ token_mel.mT - token_mel.square().sum(-1)[:, None] / 2
             scores = scores - DIAGONAL * token_lengths[:, None, None] * off.square()
-            alignment = search_alignment(scores, lengths, token_lengths)
+            alignment = search_alignment(scores, spoken, token_lengths)
         error = (token_mel.gather(1, alignment[..., None].expand(-1, -1, n_mels)) - mel).square().mean(dim=-1)
-        # The alignment covers a silence tail, but the tail counts for no share: batch["seconds"] is speech only
-        spoken = (batch["seconds"] * (cfg.sample_rate / cfg.hop_length) / cfg.patch).round().long().clamp(min=1)
-        counts = torch.zeros(B, L, device=mel.device).scatter_add_(1, alignment, length_mask(spoken, T).float())
-        share = counts / counts.sum(dim=1, keepdim=True)
-        return alignment, share, cfg.patch * (error * length_mask(lengths, T)).sum()
+        return alignment, shares(alignment, lengths, L), cfg.patch * (error * length_mask(lengths, T)).sum()
 
     def forward(self, batch: dict) -> dict:
         """Losses of a batch from `data.collate`, each a scalar: loss (the weighted sum), and flow_loss, duration_loss,

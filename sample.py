@@ -102,7 +102,7 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
         token_lengths = torch.tensor([len(read[i][0]) for i in both], device=device)
         mel_lengths = torch.tensor([frames[i] for i in both], device=device)
         with autocast(cfg, device):
-            text, alignment = model.condition(features, no_text), model.allot(share, mel_lengths, token_lengths)
+            text, (alignment, share) = model.condition(features, no_text), model.allot(share, mel_lengths, token_lengths)
             token_positions = model.token_positions(share, token_lengths)
             for k in range(steps):
                 t = torch.full(mel_lengths.shape, 1 - k / steps, device=device)

@@ -6,10 +6,10 @@ The alignment search against all possible alignments, and the allotment of posit
 import itertools
 
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from align import allot_positions, search_alignment
+from align import allot_positions, search_alignment, shares
 
 
 @given(T=st.integers(1, 7), L=st.integers(1, 4), seed=st.integers(0, 1000))
@@ -31,6 +31,32 @@ def test_the_search_finds_the_alignment_of_the_largest_score(T, L, seed):
 def test_a_text_with_more_tokens_than_positions_has_an_alignment():
     alignment = search_alignment(torch.zeros(1, 3, 9), torch.tensor([3]), torch.tensor([9]))
     assert alignment.shape == (1, 3) and ((0 <= alignment) & (alignment < 9)).all()
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=12), st.integers(0, 30), st.integers(0, 3))
+def test_each_token_gets_a_position_near_its_share(share, spare, padding):
+    """No token is without a position, and where rounding the shares gives each one a position, that is the result."""
+    L, share = len(share), torch.tensor(share)
+    share = share / share.sum()
+    T = L + spare
+    alignment, = allot_positions(torch.cat([share, torch.zeros(padding)])[None], torch.tensor([T]), torch.tensor([L]))
+    counts = torch.bincount(alignment, minlength=L)
+    assert (alignment.diff() >= 0).all() and counts.min() >= 1 and counts.sum() == T and len(counts) == L
+    torch.testing.assert_close(shares(alignment[None], torch.tensor([T]), L + padding)[0, :L], counts / T)
+    rounded = (share.double().cumsum(0) * T).round().diff(prepend=torch.zeros(1))
+    assume(rounded.min() >= 1)
+    assert counts.tolist() == rounded.tolist()
+
+
+def test_tokens_without_a_position_take_it_from_both_sides():
+    """Ends at 5, 5, 5 and 10: the middle tokens push the ends around them apart."""
+    share = torch.tensor([[0.5, 0.0, 0.0, 0.5]])
+    assert allot_positions(share, torch.tensor([10]), torch.tensor([4])).tolist() == [[0] * 4 + [1, 2] + [3] * 4]
+
+
+def test_more_tokens_than_positions_are_allotted_too():
+    alignment = allot_positions(torch.full((1, 9), 1 / 9), torch.tensor([3]), torch.tensor([9]))
+    assert alignment.shape == (1, 3) and (alignment.diff() >= 0).all() and alignment.max() < 9
 
 
 def test_each_token_gets_its_share_of_the_positions():

@@ -122,7 +122,8 @@ def test_a_batch_holds_padded_samples_that_do_not_depend_on_each_other(corpus, i
         assert not batch["mel"][n, frames:].any() and not batch["noise"][n, frames:].any()
         assert batch["tokens"][n, :batch["token_lengths"][n]].tolist() == tokens
         assert not batch["tokens"][n, len(tokens):].any()
-        assert batch["seconds"][n] == pytest.approx(speech * HOP / CFG.sample_rate) and 0 < batch["t"][n] < 1
+        assert batch["speech_lengths"][n] == speech and 0 < batch["t"][n] < 1
+        assert batch["seconds"][n] == pytest.approx(frames * HOP / CFG.sample_rate)  # the tail belongs to the utterance
         alone = data.collate(corpus, np.array([i]), CFG, tokenise, epoch)
         assert all(batch[key][n] == alone[key][0] for key in ("mel_lengths", "token_lengths", "seconds", "t", "drop_text"))
         assert torch.equal(batch["mel"][n, :frames], alone["mel"][0]) and torch.equal(batch["noise"][n, :frames], alone["noise"][0])
@@ -165,8 +166,8 @@ def test_a_step_is_the_same_on_any_number_of_ranks(corpus):
                 assert all(torch.equal(row, expected[key][n, :len(row)]) for n, row in enumerate(rows)), key
             names = ranks[-1].utterances(step)
             assert names == steps_of(corpus).utterances(step) and len(set(names)) == 8
-        speech = [corpus.frames[corpus.ids.index(name)] * HOP / CFG.sample_rate for name in names]
-        assert expected["seconds"].tolist() == pytest.approx(speech)
+        speech = [corpus.frames[corpus.ids.index(name)] for name in names]
+        assert expected["speech_lengths"].tolist() == speech
 
 
 def test_an_epoch_uses_the_training_utterances_once(corpus):

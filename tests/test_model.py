@@ -14,7 +14,10 @@ from transformers import BertConfig, BertModel, BertTokenizer, ByT5Tokenizer, T5
 
 from common import UserError
 from config import Config
+from corpus import Corpus
+from data import TrainingSteps
 from model import TTS, Decoder, byte_tokens, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
+from sample import read_texts, sample
 
 SMALL = dict(text_encoder_name="random", train_text_encoder=True, text_encoder_width=32, text_encoder_heads=2,
              text_encoder_layers=1, width=32, layers=2, heads=2, mel_mean=-5.0, mel_std=2.0, effective_batch_size=4, batch_size=4)
@@ -43,7 +46,7 @@ def batch_of(frames, texts):
     count, tokens = len(frames), [torch.tensor(byte_tokens(text)) for text in texts]
     return {"mel": pad_sequence([draw(i, n) for i, n in enumerate(frames)], batch_first=True),
             "noise": pad_sequence([draw(i + 500, n) for i, n in enumerate(frames)], batch_first=True),
-            "mel_lengths": torch.tensor(frames), "tokens": pad_sequence(tokens, batch_first=True),
+            "mel_lengths": torch.tensor(frames), "speech_lengths": torch.tensor(frames), "tokens": pad_sequence(tokens, batch_first=True),
             "token_lengths": torch.tensor([len(row) for row in tokens]), "seconds": torch.tensor(frames) / 86.0,
             "t": torch.tensor([0.1 + 0.8 * i / count for i in range(count)]),
             "drop_text": torch.tensor([i % 3 == 2 for i in range(count)])}
@@ -79,7 +82,7 @@ def test_an_utterance_does_not_depend_on_its_batch(recipe):
         share = model.durations(features, batch["token_lengths"])[1].exp()
         return model.decoder(batch["noise"], batch["t"], model.condition(features, batch["drop_text"]),
                              model.token_positions(share, batch["token_lengths"]), batch["mel_lengths"], batch["token_lengths"],
-                             model.allot(share, batch["mel_lengths"], batch["token_lengths"]))
+                             model.allot(share, batch["mel_lengths"], batch["token_lengths"])[0])
     velocities, losses = velocity(together), []
     for i, n in enumerate(frames):
         alone = {k: v[i:i + 1] for k, v in together.items()}
@@ -215,8 +218,58 @@ def test_the_search_learns_how_each_token_sounds_and_how_long_it_lasts():
     others = [0, 3, 4, 5, 6]
     torch.testing.assert_close(log_share.exp()[0, others], share[0, others], atol=0.05, rtol=0)
     assert log_seconds.exp().item() == pytest.approx(new["seconds"].item(), rel=0.15)
-    spoken = model.allot(log_share.exp(), new["mel_lengths"], lengths)[0]
+    (spoken,), (allotted,) = model.allot(log_share.exp(), new["mel_lengths"], lengths)
+    torch.testing.assert_close(allotted, torch.bincount(spoken, minlength=7) / len(spoken))
     assert ((spoken - true).abs() <= 1).all() and (spoken.diff() >= 0).all() and spoken[0] == 0 and spoken[-1] == 6
+
+
+@pytest.mark.slow
+def test_a_tail_of_silence_belongs_to_the_end_of_the_text(demo_corpus):
+    """With a tail after every utterance the predicted duration includes it, </s> takes it, and sampled speech ends with it."""
+    model = small_model(shake=False, patch=2, n_mels=80, silence_prob=1.0, max_silence_sec=1.0, batch_size=16,
+                        effective_batch_size=16, data_dir=str(demo_corpus), block_size=512)
+    corpus, cfg = Corpus(str(demo_corpus), model.cfg), model.cfg
+    cfg.mel_mean, cfg.mel_std = corpus.mel_stats
+    steps = TrainingSteps(corpus, cfg, model.tokenise, 0, 1)
+    batch, = steps[0]
+    alignment, share, _ = model.search(batch, model.encode(batch["tokens"], batch["token_lengths"]))
+    ends = []
+    for row, shared, speech, frames, last in zip(alignment, share, batch["speech_lengths"], batch["mel_lengths"],
+                                                 batch["token_lengths"] - 1):
+        assert (row[(speech + 1) // 2 - 1:] == last).all() and row[(speech + 1) // 2 - 2] >= last - 1
+        ends.append((shared[last] * frames - (frames - speech)).item())
+    numbers = iter(range(60))
+    train(model, lambda: model(steps[next(numbers)][0])["loss"], 60)
+    texts, seconds = corpus.texts[:48], corpus.frames[:48].mean() * 256 / 22050
+    said = read_texts(model.eval(), texts)
+    assert sum(predicted for _, _, predicted in said) / 48 == pytest.approx(seconds + 0.5, rel=0.06)
+    silence = sum(shared[-1] * predicted for _, shared, predicted in said).item() / 48
+    assert 0.4 < silence < 0.7 and max(ends) < 40
+    mel = torch.stack([mel[-20:].mean() for mel in sample(model, texts[:8], steps=4, cfg_scale=1.0)])
+    assert mel.mean() < -10  # the floor is -11.5, the corpus's mean -6
+
+
+def test_the_features_of_a_token_sum_their_gradients_in_float32():
+    """CUDA adds the gradients of all positions of a token one by one; in bfloat16 a sum of ones ends at 256."""
+    model = small_model(patch=2)
+    batch = batch_of([20, 30, 25], ["a cat", "two dogs", "x"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch)["loss"]
+    gathers, seen, todo = [], set(), [loss.grad_fn]
+    while todo:
+        if (node := todo.pop()) not in seen and node is not None:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+            if node.name() == "GatherBackward0":
+                gathers.append(node._input_metadata[0].dtype)
+    assert gathers == [torch.float32] * 2  # token_features and token_mel
+
+
+def test_the_vector_for_no_text_is_as_large_as_a_token():
+    """At zero, its gradient through the RMSNorm was some hundred times that of a token."""
+    model = small_model(shake=False)
+    rms = read(model, "a cat")[0].square().mean().sqrt()
+    assert 0.3 < model.no_text.square().mean().sqrt() / rms < 3
 
 
 # --- text encoders and weights
