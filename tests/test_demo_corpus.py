@@ -45,6 +45,15 @@ def test_sentences_depend_on_their_seed():
     assert len(set(lines) & set(prepare.sentences(300, 2))) < 10
 
 
+def test_the_test_split_is_new():
+    """Its sentences are none that an earlier version had, in any split; the other splits are as before."""
+    utterances, before = prepare.grammar_utterances(300, 60, 7), prepare.sentences(360, 7)
+    assert [u.text for u in utterances[:330]] == before[:330] and {u.split for u in utterances[330:]} == {"test"}
+    test = [u.text for u in utterances[330:]]
+    assert len(set(test)) == 30 and not set(test) & set(before)
+    assert test == [u.text for u in prepare.grammar_utterances(300, 60, 7)[330:]]
+
+
 # --- the voice
 
 def test_the_voice_is_audible_and_takes_its_time():

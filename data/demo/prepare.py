@@ -61,21 +61,26 @@ def sentence(rng: np.random.Generator) -> str:
     return words[0].upper() + words[1:] + "."
 
 
-def sentences(count: int, seed: int) -> list[str]:
-    """`count` distinct sentences, the same for the same seed."""
-    rng, seen = np.random.default_rng(seed), {}
-    while len(seen) < count:
+def sentences(count: int, seed, without: list[str] = ()) -> list[str]:
+    """`count` distinct sentences, none of them in `without`, the same for the same seed (what default_rng takes)."""
+    rng, seen = np.random.default_rng(seed), dict.fromkeys(without)
+    while len(seen) < len(without) + count:
         seen[sentence(rng)] = None
-    return list(seen)
+    return list(seen)[len(without):]
 
 
 def grammar_utterances(train: int, held_out: int, seed: int) -> list[Utterance]:
-    """`train` training sentences, then `held_out` ones, of which the first half is val and the rest test."""
+    """`train` training sentences, then `held_out` ones, of which the first half is val and the rest test.
+
+    The test sentences come from a generator of their own, without all that the old ones came from: earlier versions chose
+    settings by a test split that went on where val ends.
+    """
     if train < 1 or held_out < 2 or train + held_out > 100_000:
         raise UserError(f"--train {train} --held-out {held_out}: expected at least 1 and 2, and at most 100000 together")
     splits = ["train"] * train + ["val"] * (held_out // 2) + ["test"] * (held_out - held_out // 2)
-    return [Utterance(f"demo_{n:06d}", text, split, text)
-            for n, (text, split) in enumerate(zip(sentences(len(splits), seed), splits))]
+    texts = sentences(len(splits), seed)
+    texts[train + held_out // 2:] = sentences(held_out - held_out // 2, [seed, 1], without=texts)
+    return [Utterance(f"demo_{n:06d}", text, split, text) for n, (text, split) in enumerate(zip(texts, splits))]
 
 
 def read_utterances(path: str) -> list[Utterance]:
