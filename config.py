@@ -118,6 +118,7 @@ class Config:
     eval_judge: Literal["whisper", "ctc", "none"] = "whisper"  # ctc: trained on the corpus itself; none: wavs only
     eval_steps: int = 32  # Euler steps
     eval_cfg_scale: float = 2.0  # 1: no guidance, 0: no text
+    eval_temperature: float = 1.0  # scale of the noise at the start
     eval_batch_size: int = 16
     eval_vocoder: Literal["auto", "bigvgan", "griffinlim"] = "auto"  # auto: bigvgan on CUDA, griffinlim on a CPU
     eval_vocoder_model: str = "nvidia/bigvgan_v2_22khz_80band_fmax8k_256x"  # hub id or local folder
@@ -138,7 +139,7 @@ POSITIVE = ("nproc loader_threads block_size sample_rate n_fft hop_length win_le
 PROBABILITY = "silence_prob text_condition_dropout min_lr_ratio ema_decay muon_momentum".split()
 NOT_NEGATIVE = ("seed gpus max_silence_sec overfit_first_n_samples f_min duration_loss_weight "
                 "alignment_loss_weight text_blocks max_epochs max_train_seconds weight_decay warmup_steps grad_clip "
-                "val_interval checkpoint_interval eval_interval eval_cfg_scale").split()
+                "val_interval checkpoint_interval eval_interval eval_cfg_scale eval_temperature").split()
 
 
 def field_name(key: str, source: str) -> str:
@@ -208,8 +209,8 @@ def validate(cfg: Config) -> Config:
         refuse("batch_size", f"does not divide effective_batch_size = {cfg.effective_batch_size}; set "
                              f"effective_batch_size to a multiple of it")
     world = cfg.gpus or cfg.nproc
-    if cfg.batch_size % world:
-        refuse("batch_size", f"does not divide among {world} ranks (batch_size counts all ranks together)")
+    if cfg.batch_size < world:
+        refuse("batch_size", f"is less than one utterance for each of {world} ranks (batch_size counts all ranks together)")
     if cfg.win_length > cfg.n_fft:
         refuse("win_length", f"must not exceed n_fft = {cfg.n_fft}")
     if (cfg.n_fft - cfg.hop_length) % 2 or cfg.hop_length > cfg.n_fft:

@@ -8,6 +8,7 @@
     python sample.py --ckpt RUN/latest.pt --export VOICE     # a folder to share, with weights that cannot contain code
 """
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -72,20 +73,22 @@ def read_texts(model: TTS, texts: list[str], batch_size: int = 16) -> list[tuple
 
 @torch.inference_mode()
 def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0, seed: int = 0,
-           seconds: float | None = None, batch_size: int = 16, attention_maps: list | None = None, speed: float = 1.0,
-           desc: str | None = None) -> list[torch.Tensor]:
+           temperature: float = 1.0, seconds: float | None = None, batch_size: int = 16, attention_maps: list | None = None,
+           speed: float = 1.0, desc: str | None = None) -> list[torch.Tensor]:
     """The texts as log-mels, each (frames, n_mels) float32 on the CPU.
 
     Each text lasts `seconds`, or its predicted duration divided by `speed`, and at most cfg.block_size frames. Texts of
     similar duration share a batch; the result for a text does not depend on its batch. Guidance w = `cfg_scale` uses the
-    velocity without + w (with - without), with and without text (arXiv 2207.12598). If a list is given as `attention_maps`,
+    velocity without + w (with - without), with and without text (arXiv 2207.12598). `temperature` scales the noise at the
+    start (Grad-TTS, arXiv 2105.06337): below 1 speech is cleaner and less varied. If a list is given as `attention_maps`,
     the cross-attention (positions, tokens) of each text's clearest head at the middle step is appended to it. `desc` is the
     name of a progress bar. Raises UserError for options out of range and for texts that `read_texts` refuses.
     """
-    in_range = steps >= 1 and 0 <= cfg_scale < math.inf and 0 < speed < math.inf
+    in_range = steps >= 1 and 0 <= cfg_scale < math.inf and 0 <= temperature < math.inf and 0 < speed < math.inf
     if not in_range or (seconds is not None and not 0 < seconds < math.inf):
-        raise UserError(f"steps = {steps}, cfg_scale = {cfg_scale}, speed = {speed}, seconds = {seconds}: expected at least "
-                        "one step, guidance of 0 or more, and a speed and a duration above 0")
+        raise UserError(f"steps = {steps}, cfg_scale = {cfg_scale}, temperature = {temperature}, speed = {speed}, seconds = "
+                        f"{seconds}: expected at least one step, guidance and temperature of 0 or more, and a speed and a "
+                        "duration above 0")
     cfg, device, read = model.cfg, next(model.parameters()).device, read_texts(model, texts, batch_size)
     frames = [min(cfg.block_size, max(1, round((seconds or predicted / speed) * cfg.sample_rate / cfg.hop_length)))
               for _, _, predicted in read]
@@ -94,7 +97,7 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
     bar = progress(total=len(texts) * steps, desc=desc, unit="step", disable=desc is None)
     for start in range(0, len(texts), batch_size):
         rows = order[start:start + batch_size]
-        noise = [text_noise(texts[i], frames[i], cfg.n_mels, seed) for i in rows]
+        noise = [temperature * text_noise(texts[i], frames[i], cfg.n_mels, seed) for i in rows]
         x = pad_sequence(noise, batch_first=True).to(device)  # (B, T, n_mels)
         both = rows if cfg_scale == 1 else rows * 2  # with guidance, the second half of the batch is computed without text
         no_text = torch.arange(len(both), device=device) >= len(rows)
@@ -127,21 +130,23 @@ def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0
 
 # --- long texts
 
+def fits(model: TTS, text: str, speed: float = 1.0) -> bool:
+    """Whether a text is within the limits of the text encoder and of the longest utterance in training."""
+    longest = model.cfg.block_size * model.cfg.hop_length / model.cfg.sample_rate  # seconds
+    return len(model.tokenise(text)) <= model.most_tokens and read_texts(model, [text])[0][2] / speed <= longest
+
+
 def read_pieces(model: TTS, texts: Iterable[Iterable[str]], speed: float = 1.0, whole: bool = False,
                 characters: str = "") -> Iterator[Piece]:
     """Texts, each an iterable of its parts, as pieces that the model can speak. Piece.line is the number of the text.
 
-    A piece is within the limits of the text encoder and of the longest utterance in training, or with `whole` an uncut text.
+    A piece fits (see `fits`), or it is an uncut text with `whole`.
     Warns once of each character that is not one of `characters`, those of the training texts. Raises UserError if there is
     nothing to say.
     """
-    longest = model.cfg.block_size * model.cfg.hop_length / model.cfg.sample_rate  # seconds
-
-    def fits(text):
-        return len(model.tokenise(text)) <= model.most_tokens and read_texts(model, [text])[0][2] / speed <= longest
-    known, piece = set(characters), None
+    known, piece, short = set(characters), None, functools.partial(fits, model, speed=speed)
     for n, parts in enumerate(texts):
-        for piece in [Piece(n, "".join(parts), 0.0)] if whole else split_pieces(read_sentences(parts), fits, n):
+        for piece in [Piece(n, "".join(parts), 0.0)] if whole else split_pieces(read_sentences(parts), short, n):
             if known and (unknown := sorted(set(piece.text) - known)):
                 known.update(unknown)
                 warn(f"the training texts do not contain {' '.join(map(repr, unknown))}; the model may say anything there")
@@ -169,18 +174,20 @@ def add_voice_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ckpt", required=True, help="a checkpoint file, or a folder that --export wrote")
     p.add_argument("--steps", type=int, help="Euler steps; default: the run's eval_steps")
     p.add_argument("--cfg_scale", "--cfg-scale", type=float, help="guidance, 1: none; default: the run's eval_cfg_scale")
+    p.add_argument("--temperature", type=float, help="scale of the noise at the start; default: the run's eval_temperature")
     p.add_argument("--vocoder", default="auto", choices=["auto", "bigvgan", "griffinlim"])
     p.add_argument("--vocoder_model", "--vocoder-model", help="BigVGAN's hub id or folder; default: eval_vocoder_model")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
 def load_voice(args: argparse.Namespace) -> tuple:
-    """The model, a function from log-mel to wav, and the checkpoint. Sets args.steps and args.cfg_scale if they are None."""
+    """The model, a function from log-mel to wav, and the checkpoint. Takes options that were not given from the config."""
     device = pick_device(args.device)
     model, ckpt = load_checkpoint(args.ckpt, device)
     cfg = model.cfg
-    args.steps = cfg.eval_steps if args.steps is None else args.steps
-    args.cfg_scale = cfg.eval_cfg_scale if args.cfg_scale is None else args.cfg_scale
+    for name in ("steps", "cfg_scale", "temperature"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(cfg, f"eval_{name}"))
     return model, load_vocoder(args.vocoder, args.vocoder_model or cfg.eval_vocoder_model, device, cfg), ckpt
 
 
@@ -253,7 +260,7 @@ def main(argv: list[str]) -> None:
         return
     model, vocode, ckpt = load_voice(args)
     cfg, out, start = model.cfg, Path(args.out), time.time()
-    options = {"steps": args.steps, "cfg_scale": args.cfg_scale, "seconds": args.seconds, "speed": args.speed}
+    options = {name: getattr(args, name) for name in ("steps", "cfg_scale", "temperature", "seconds", "speed")}
     sample(model, [], **options)  # raises UserError for options out of range
     if args.seconds is not None and args.seconds > (longest := cfg.block_size * cfg.hop_length / cfg.sample_rate):
         warn(f"--seconds {args.seconds} is more than the model's longest utterance; the speech will last {longest:.2f} s")

@@ -15,16 +15,16 @@ from eval.picture import mel_png
 from sample import add_voice_flags, load_voice, read_pieces, synthesize
 
 
-def build_page(gr, model, vocode, steps: int, cfg_scale: float):
-    """The page. `gr` is the module gradio; `steps` and `cfg_scale` are what the page shows at first."""
+def build_page(gr, model, vocode, steps: int, cfg_scale: float, temperature: float):
+    """The page. `gr` is the module gradio; the other options are what the page shows at first."""
     cfg = model.cfg
 
-    def respond(text, steps, cfg_scale, speed, seed):
+    def respond(text, steps, cfg_scale, temperature, speed, seed):
         wavs, mels = [], []
         try:
             pieces = read_pieces(model, [[text]], speed)
             for piece, mel, wav in synthesize(model, vocode, pieces, cfg.eval_batch_size, seed=int(seed), steps=int(steps),
-                                              cfg_scale=cfg_scale, speed=speed):
+                                              cfg_scale=cfg_scale, temperature=temperature, speed=speed):
                 wavs += [wav, np.zeros(round(piece.pause * cfg.sample_rate), np.float32)]
                 mels.append(mel)
         except UserError as e:
@@ -35,6 +35,7 @@ def build_page(gr, model, vocode, steps: int, cfg_scale: float):
     inputs = [gr.Textbox(label="Text", lines=5, autofocus=True, max_length=5000),
               gr.Slider(1, 100, steps, step=1, label="Steps", info="more are slower and finer"),
               gr.Slider(0, 6, cfg_scale, step=0.1, label="Guidance", info="1 is none; more keeps closer to the text"),
+              gr.Slider(0, 1.5, temperature, step=0.05, label="Temperature", info="less is cleaner and less varied"),
               gr.Slider(0.5, 2, 1, step=0.05, label="Speed"),
               gr.Number(0, label="Seed", precision=0, minimum=0)]
     outputs = [gr.Audio(label="Speech", format="wav"), gr.Image(label="Log-mel", format="png")]
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     except ImportError as e:
         raise UserError(f"the page needs a package that is not installed ({e.name}): pip install 'gradio>=6,<7'") from None
     model, vocode, _ = load_voice(args)
-    page = build_page(gr, model, vocode, args.steps, args.cfg_scale)
+    page = build_page(gr, model, vocode, args.steps, args.cfg_scale, args.temperature)
     fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # gradio's own are downloaded
     try:
         page.launch(server_name=args.host, server_port=args.port, theme=fonts, show_error=True, ssr_mode=False)

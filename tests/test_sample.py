@@ -76,6 +76,14 @@ def test_guidance_mixes_the_two_velocities(model):
     torch.testing.assert_close((mel + 5.0) / 2.0, text_noise("hello", len(mel), 80, 0) - 3.0, rtol=1e-4, atol=1e-4)
 
 
+def test_the_temperature_scales_the_noise_at_the_start(model):
+    still = copy.deepcopy(model)
+    still.decoder.forward = lambda x, *_: torch.zeros_like(x)
+    for temperature in (1.0, 0.4, 0.0):
+        mel, = sample(still, ["hello"], steps=2, temperature=temperature)
+        torch.testing.assert_close((mel + 5.0) / 2.0, temperature * text_noise("hello", len(mel), 80, 0), rtol=1e-4, atol=1e-4)
+
+
 def test_attention_maps_come_in_the_order_of_the_texts(patched):
     maps = []
     mels = sample(patched, TEXTS, steps=2, attention_maps=maps, batch_size=2)
@@ -95,7 +103,7 @@ def test_seeds_and_durations(model):
 
 
 @pytest.mark.parametrize("options", [
-    {"texts": [" .,!"]}, {"steps": 0}, {"cfg_scale": -1}, {"cfg_scale": float("nan")}, {"cfg_scale": float("inf")}, {"seconds": 0},
+    {"texts": [" .,!"]}, {"steps": 0}, {"temperature": -0.1}, {"temperature": float("inf")}, {"cfg_scale": -1}, {"cfg_scale": float("nan")}, {"cfg_scale": float("inf")}, {"seconds": 0},
     {"seconds": float("nan")}, {"seconds": float("inf")}, {"speed": 0}, {"speed": float("nan")}])
 def test_options_out_of_range_are_refused(model, options):
     with pytest.raises(UserError, match="expected"):
