@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,18 +21,19 @@ import torch
 import torch.distributed as dist
 
 import audio
-from checkpoint import load_checkpoint
-from common import UserError, first_line, make_folder, pick_device, progress, run_cli, warn, write_file
+from checkpoint import link_checkpoint, load_checkpoint, numbered_checkpoint
+from common import UserError, first_line, make_folder, pick_device, progress, run_cli, tell, warn, write_file
 from config import Config, from_flags, split_flags
 from corpus import Corpus
 from data import training_rows
 from distributed import Ranks, on_all_ranks
 from eval import measures
 from eval.judge import listen, load_judge
-from eval.page import write_page
+from eval.page import write_page, write_run_page
 from eval.picture import save_map
-from model import TTS
-from sample import sample
+from metric import Metrics
+from model import TTS, byte_tokens
+from sample import fits, read_pieces, sample
 from text import has_words
 
 COPIES = 8  # number of recordings that the vocoder copies during training, to hear which faults are the vocoder's
@@ -43,12 +45,12 @@ class Prompt(NamedTuple):
     mel: np.ndarray | None = None  # the utterance's log-mel (frames, n_mels) float32
 
 
-def load_prompts(cfg: Config, corpus: Corpus | None = None) -> list[Prompt]:
+def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None) -> list[Prompt]:
     """eval_num_samples prompts of cfg.eval_prompts, drawn with cfg.seed and in their original order. Raises UserError."""
     source = cfg.eval_prompts
     if source in ("val", "test", "overfit"):
         corpus = corpus or Corpus(cfg.data_dir, cfg)
-        rows = training_rows(corpus, cfg) if source == "overfit" else corpus.split(source, cfg)
+        rows = training_rows(corpus, cfg, tokenise) if source == "overfit" else corpus.split(source, cfg)
         prompts = [(corpus.texts[i], i) for i in rows]
     else:
         try:
@@ -72,12 +74,12 @@ def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> l
     return [audio.read_wav(path, cfg.sample_rate) if os.path.isfile(path) else None for path in paths]
 
 
-def prepare(cfg: Config, corpus: Corpus, ranks: Ranks, evaluated: bool) -> list[Prompt]:
+def prepare(cfg: Config, corpus: Corpus, tokenise, ranks: Ranks, evaluated: bool) -> list[Prompt]:
     """The prompts of a run. Loads vocoder and judge once, so that a missing download is an error now and not hours later.
 
     If the run was `evaluated` before, only warn: a missing judge should not stop a long training. Raises UserError.
     """
-    prompts = load_prompts(cfg, corpus)
+    prompts = load_prompts(cfg, tokenise, corpus)
     try:
         audio.load_vocoder(cfg.eval_vocoder, cfg.eval_vocoder_model, ranks.device, cfg)
         if ranks.rank == 0:
@@ -106,8 +108,8 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ran
         dist.all_gather_object(parts, rows)
         rows = sorted(sum(parts, []), key=lambda row: row["idx"])
     summary = {"step": step, "ckpt": ckpt, "prompts": cfg.eval_prompts, "count": len(rows)} | measures.figures(rows) | facts
-    summary |= {"steps": cfg.eval_steps, "cfg_scale": cfg.eval_cfg_scale, "seed": cfg.seed,
-                "vocoder": audio.vocoder_kind(cfg.eval_vocoder, ranks.device),
+    summary |= {"steps": cfg.eval_steps, "cfg_scale": cfg.eval_cfg_scale, "temperature": cfg.eval_temperature,
+                "seed": cfg.seed, "vocoder": audio.vocoder_kind(cfg.eval_vocoder, ranks.device),
                 "spoken_seconds": sum(row["predicted_seconds"] for row in rows), "total_seconds": time.time() - start}
     with on_all_ranks(ranks):
         if ranks.rank == 0:
@@ -118,15 +120,31 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ran
     return summary
 
 
+def speak(model: TTS, texts: list[str], cfg: Config, desc: str | None) -> tuple[list, list]:
+    """The log-mel (frames, n_mels) of each text, and the list of its pieces' attention maps.
+
+    A text that is too long for one piece is cut and spoken with pauses, as sample.py does.
+    """
+    pieces = [piece._replace(line=n) for n, text in enumerate(texts)
+              for piece in read_pieces(model, [[text]], whole=fits(model, text))]
+    maps, mels = [], [[] for _ in texts]
+    spoken = sample(model, [piece.text for piece in pieces], cfg.eval_steps, cfg.eval_cfg_scale, cfg.seed,
+                    cfg.eval_temperature, batch_size=cfg.eval_batch_size, attention_maps=maps, desc=desc)
+    for piece, mel in zip(pieces, spoken):
+        pause = round(piece.pause * cfg.sample_rate / cfg.hop_length)
+        mels[piece.line] += [mel, torch.full((pause, cfg.n_mels), audio.LOG_MEL_FLOOR)]
+    of_text = [[of_piece for piece, of_piece in zip(pieces, maps) if piece.line == n] for n in range(len(texts))]
+    return [torch.cat(parts[:-1]) for parts in mels], of_text
+
+
 def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path, ranks: Ranks, floors: bool,
                    recordings: str | None) -> tuple[list[dict], dict]:
     """Evaluate one rank's prompts, given by their index. Returns their rows of wer.jsonl, and facts for the summary."""
-    texts, attention_maps = [prompt.text for prompt in prompts.values()], []
+    texts = [prompt.text for prompt in prompts.values()]
     rows = [{"idx": i, "reference": text} for i, text in zip(prompts, texts)]
     wavs = {"recording": read_recordings(recordings, list(prompts.values()), cfg)}
     start = time.time()
-    mels = sample(model, texts, cfg.eval_steps, cfg.eval_cfg_scale, cfg.seed, batch_size=cfg.eval_batch_size,
-                  attention_maps=attention_maps, desc=None if ranks.rank else "synthesizing")
+    mels, attention_maps = speak(model, texts, cfg, None if ranks.rank else "synthesizing")
     sampled = time.time()
     vocode = audio.load_vocoder(cfg.eval_vocoder, cfg.eval_vocoder_model, ranks.device, cfg)
     wavs["audio"] = [vocode(mel) for mel in progress(mels, desc="vocoding", unit="prompt", disable=ranks.rank > 0)]
@@ -143,10 +161,10 @@ def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path
     for kind in wavs if floors else ["audio"]:
         for row, heard in zip(rows, listen(judge, texts, wavs[kind], cfg, "" if kind == "audio" else f"{kind}_")):
             row.update(heard)
-    for row, prompt, mel, wav, attention_map in zip(rows, prompts.values(), mels, wavs["audio"], attention_maps):
-        row["predicted_seconds"] = len(wav) / cfg.sample_rate
-        row["alignment_score"] = round(float(measures.alignment_scores(attention_map)), 4)
-        pictures = {"mel": mel.numpy(), "attention": attention_map}
+    for row, prompt, mel, wav, maps in zip(rows, prompts.values(), mels, wavs["audio"], attention_maps):
+        row["predicted_seconds"], row["pieces"] = len(wav) / cfg.sample_rate, len(maps)
+        row["alignment_score"] = round(float(np.mean([measures.alignment_scores(of_piece) for of_piece in maps])), 4)
+        pictures = {"mel": mel.numpy(), "attention": maps[0]}
         if prompt.mel is not None:
             pictures["recording_mel"] = prompt.mel
             row["utt_id"], row["recording_seconds"] = prompt.utt_id, len(prompt.mel) * cfg.hop_length / cfg.sample_rate
@@ -156,6 +174,37 @@ def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path
     seconds = max(sum(row["predicted_seconds"] for row in rows), 1e-9)  # 0 on a rank without prompts
     return rows, {"judge": judge.name if judge else "none", "judge_floor": judge.floor if judge else None,
                   "sampler_rtf": (sampled - start) / seconds, "vocoder_rtf": (vocoded - sampled) / seconds}
+
+
+def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_seconds: float, metrics: Metrics | None,
+                 ranks: Ranks, first: bool) -> None:
+    """Evaluate the model of a run as it is, log the figures, write the pages, and keep the best checkpoint.
+
+    The `first` evaluation of a run also has the vocoder's copies judged, and must not fail; later errors are only reported.
+    """
+    out = Path(cfg.out_dir)
+    folder, numbered = out / "eval" / f"step_{step:08d}", numbered_checkpoint(out, step)
+    if metrics:
+        tell(f"step {step}: synthesizing {len(prompts)} prompts, {cfg.eval_steps} Euler steps each")
+    try:
+        summary = evaluate(model, cfg, prompts, folder, ranks, step, str(numbered), floors=first)
+    except Exception as e:  # on all ranks alike
+        if first:
+            raise
+        warn(f"step {step}: evaluation failed: {first_line(e)}")
+        if not isinstance(e, UserError):
+            traceback.print_exc()
+        return
+    if metrics:
+        rates = {} if summary["wer"] is None else {"eval/wer": summary["wer"], "eval/cer": summary["cer"]}
+        if rates and summary["cer"] <= metrics.best("eval/cer"):
+            metrics.attempt("best.pt", link_checkpoint, numbered, out / "best.pt")
+        metrics.log(step, rates | {"eval/alignment_score": summary["alignment_score"], "time/train_sec": train_seconds,
+                                   "time/eval_sec": summary["total_seconds"]})
+        metrics.media(step, folder)
+        metrics.attempt("the listening page", write_run_page, out)
+        shown = ", ".join(f"{name[5:].upper()} {rate:.2%}" for name, rate in rates.items())
+        tell(f"step {step}: {shown or 'evaluated'} after {train_seconds / 60:.1f} min of training")
 
 
 def judge_recordings(cfg: Config, folder: str, device) -> dict:
@@ -193,7 +242,7 @@ def compare(folder_a: str, folder_b: str) -> str:
     for name, at in (("WER", 0), ("CER", 2)):
         rate_a, rate_b = (part[:, at].sum() / part[:, at + 1].sum() for part in (a, b))
         draws = [measures.bootstrap_rates(part[:, at], part[:, at + 1]) for part in (a, b)]
-        low, high = measures.interval(draws[1] - draws[0])
+        low, high = measures.interval(draws[1] - draws[0], a[:, at + 1].sum(), differences=True)
         lines.append(f"| {name} | {rate_a:.2%} | {rate_b:.2%} | {rate_b - rate_a:+.2%} ({low:+.2%} to {high:+.2%}) |")
     return "\n".join(lines)
 
@@ -225,7 +274,8 @@ def main(argv: list[str]) -> None:
     cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
     run = Path(path) if os.path.isdir(path) else Path(path).parent  # an exported folder keeps its own evaluations
     out = Path(out_dir or run / "eval" / f"manual_{ckpt['step']:08d}")
-    summary = evaluate(model, cfg, load_prompts(cfg), out, Ranks(0, 1, device), ckpt["step"], path, True, recordings)
+    prompts = load_prompts(cfg, model.tokenise)
+    summary = evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path, True, recordings)
     for line in (out / "wer.jsonl").read_text(encoding="utf-8").strip().split("\n")[:8]:
         row = json.loads(line)
         print(f"  {row['reference']}\n    -> {row['hypothesis']}")

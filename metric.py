@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import resource
@@ -166,6 +167,10 @@ class Metrics:
         self.attempt("metrics.jsonl", self.write_lines)
         if self.wandb:
             self.attempt("W&B", self.wandb.log, {"step": step, **values})
+
+    def best(self, key: str) -> float:
+        """The smallest value of a figure so far, infinity if there is none."""
+        return min((row[key] for row in read_metrics(self.path) if key in row), default=math.inf)
 
     def record_start(self, values: dict) -> None:
         """Add a line to runs.jsonl, which has one line for each start of the run. Raises UserError."""

@@ -5,6 +5,7 @@
 Seven convolutions on log-mels, trained with CTC. On the grammar corpus: 0.65 M parameters, one minute on two cores.
 It understands only its corpus's voices. Every evaluation also reports its floor, the error rates on held-out recordings.
 """
+import hashlib
 from pathlib import Path
 
 import jiwer
@@ -62,12 +63,21 @@ class Recogniser(nn.Module):
         return self.out(self.norm(x)).log_softmax(-1), lengths
 
 
+def fingerprint(model: nn.Module) -> str:
+    """Eight hex digits of the SHA-256 of a model's weights: judges with other weights must not be compared."""
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().contiguous().numpy())
+    return digest.hexdigest()[:8]
+
+
 class CTCJudge:
     """The trained recogniser as a judge. `floor` holds its error rates on the corpus's held-out recordings."""
-    name, normalise = "ctc", staticmethod(normalise_text)
+    normalise = staticmethod(normalise_text)
 
     def __init__(self, model: Recogniser, saved: dict):
         self.model, self.mean, self.std, self.floor = model.eval(), saved["mel_mean"], saved["mel_std"], saved["floor"]
+        self.name = f"ctc {fingerprint(model)}"
 
     @torch.inference_mode()
     def transcribe_mels(self, mels: list) -> list[str]:
@@ -130,11 +140,11 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device=
         torch.save(saved, tmp)
 
 
-def load_ctc_judge(data_dir: str, cfg: Config) -> CTCJudge:
-    """The judge in a corpus's folder. If there is none yet, it is trained first. Raises UserError."""
+def load_ctc_judge(data_dir: str, cfg: Config, device="cpu") -> CTCJudge:
+    """The judge in a corpus's folder. If there is none yet, it is trained on `device` first. Raises UserError."""
     corpus, path = Corpus(data_dir, cfg), Path(data_dir) / "judge_ctc.pt"
     if not path.exists():
-        train_judge(corpus, cfg, path)
+        train_judge(corpus, cfg, path, device=device)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change

@@ -10,7 +10,7 @@ import numpy as np
 import audio
 from common import UserError, first_line, pick_device, progress
 from config import Config
-from eval.ctc import load_ctc_judge
+from eval.ctc import fingerprint, load_ctc_judge
 
 WHISPER_RATE = 16000  # Hz, of Whisper's input
 
@@ -32,6 +32,8 @@ class WhisperJudge:
                             "a name such as base.en, which is downloaded once (145 MB), or the path of a .pt file; without "
                             "a network, set eval_whisper_model to such a path, or eval_judge to ctc") from None
         self.name, self.floor = f"whisper {os.path.basename(name)}", None
+        if os.path.exists(name):  # a published name stands for its weights, whose SHA-256 Whisper checks
+            self.name += f" {fingerprint(self.model)}"
         self.normalise = EnglishTextNormalizer()
 
     def transcribe(self, wavs: list[np.ndarray], cfg: Config) -> list[str]:
@@ -40,8 +42,10 @@ class WhisperJudge:
         texts = []
         for wav in progress(wavs, desc="listening", unit="prompt"):
             wav = audio.resample(wav, cfg.sample_rate, WHISPER_RATE).astype(np.float32)
+            # With timestamps it makes more mistakes (docs/costs.md). One by one: on a CPU a batch is no faster, because the
+            # encoder takes most of the time
             result = self.model.transcribe(wav, fp16=self.model.device.type == "cuda", temperature=0.0,
-                                           condition_on_previous_text=False, **language)
+                                           condition_on_previous_text=False, without_timestamps=True, **language)
             texts.append(result["text"].strip())
         return texts
 
@@ -51,7 +55,7 @@ def load_judge(cfg: Config, device):
     if cfg.eval_judge == "whisper":
         name = cfg.eval_whisper_device
         return WhisperJudge(cfg.eval_whisper_model, device if name == "auto" else pick_device(name))
-    return load_ctc_judge(cfg.data_dir, cfg) if cfg.eval_judge == "ctc" else None
+    return load_ctc_judge(cfg.data_dir, cfg, device) if cfg.eval_judge == "ctc" else None
 
 
 def edit_counts(reference: str, hypothesis: str) -> list[int]:

@@ -59,9 +59,17 @@ def bootstrap_rates(errors: np.ndarray, lengths: np.ndarray, seed: int = 0) -> n
     return draws @ np.asarray(errors) / (draws @ np.asarray(lengths))
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """The two ends of the middle 95 % of the values."""
-    return [float(end) for end in np.percentile(values, [2.5, 97.5])]
+def interval(values: np.ndarray, units: int, differences: bool = False) -> list[float]:
+    """The ends of the middle 95 % of bootstrapped error rates over `units` words or characters, or of their differences.
+
+    If no error was seen, the bootstrap says 0 to 0, which is too sure. A rate of which no case was seen in n units is below
+    3 / n with 95 % (rule of three; Hanley and Lippman-Hand, JAMA 1983). So no upper end of a rate is lower than that, and
+    where all differences are 0, the ends are that far from 0.
+    """
+    low, high = map(float, np.percentile(values, [2.5, 97.5]))
+    if differences:
+        return [low, high] if values.any() else [-3 / units, 3 / units]
+    return [low, max(high, 3 / units)]
 
 
 def error_rates(rows: list[dict], kind: str = "") -> dict:
@@ -70,7 +78,8 @@ def error_rates(rows: list[dict], kind: str = "") -> dict:
     for name, at in (("wer", 0), ("cer", 2)):
         judged = len(edits) > 0
         rates[f"{kind}{name}"] = float(edits[:, at].sum() / edits[:, at + 1].sum()) if judged else None
-        rates[f"{kind}{name}_interval"] = interval(bootstrap_rates(edits[:, at], edits[:, at + 1])) if judged else None
+        rates[f"{kind}{name}_interval"] = interval(bootstrap_rates(edits[:, at], edits[:, at + 1]),
+                                                   edits[:, at + 1].sum()) if judged else None
     return rates
 
 
@@ -99,8 +108,8 @@ def markdown(summary: dict) -> str:
         low, high = summary[f"{name}_interval"]
         return f"{summary[name]:.2%} ({low:.2%} to {high:.2%})"
     lines = [f"Step {summary['step']}, {summary['count']} prompts of {summary['prompts']}, {summary['steps']} steps, "
-             f"guidance {summary['cfg_scale']:g}, judge {summary['judge']}, vocoder {summary['vocoder']}; 95 % intervals.",
-             "", "| speech | WER | CER |", "|---|---|---|"]
+             f"guidance {summary['cfg_scale']:g}, temperature {summary['temperature']:g}, judge {summary['judge']}, vocoder "
+             f"{summary['vocoder']}; 95 % intervals.", "", "| speech | WER | CER |", "|---|---|---|"]
     for kind, speech in (("", "generated"), ("vocoded_", "recordings' log-mels, vocoded"), ("recording_", "recordings")):
         if summary[f"{kind}wer"] is not None:
             lines.append(f"| {speech} | {rate(f'{kind}wer')} | {rate(f'{kind}cer')} |")

@@ -23,7 +23,9 @@ from config import Config
 from corpus import Corpus, Utterance, write_corpus
 from distributed import Ranks
 from eval import ctc
-from evaluator import Prompt, compare, evaluate, load_prompts
+from eval.judge import load_judge
+from evaluator import Prompt, compare, evaluate, load_prompts, speak
+from sample import fits, read_pieces, read_texts, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -40,7 +42,7 @@ def model(tmp_path_factory):
     write_corpus(str(folder), utterances, lambda n, rate: noise(int(n), 9000 + 1500 * int(n)), Config(), workers=1)
     torch.save(talkative_judge(), folder / "judge_ctc.pt")
     return small_model(data_dir=str(folder), eval_judge="ctc", eval_num_samples=5, eval_steps=2, eval_vocoder="griffinlim",
-                       block_size=200).eval()
+                       block_size=400).eval()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_prompts(model, tmp_path):
     overfit = load_prompts(dataclasses.replace(cfg, eval_prompts="overfit", overfit_first_n_samples=4, eval_num_samples=4))
     assert [p[:2] for p in overfit] == list(zip(corpus.texts[:4], corpus.ids[:4]))
     assert all((p.mel == corpus.mel(i)).all() for i, p in enumerate(overfit))
-    assert not {p.text for p in load_prompts(cfg, corpus)} & {t for t, s in zip(corpus.texts, corpus.splits) if s == "train"}
+    assert not {p.text for p in load_prompts(cfg, corpus=corpus)} & {t for t, s in zip(corpus.texts, corpus.splits) if s == "train"}
     for wrong in (str(tmp_path / "none.txt"), str(tmp_path)):
         with pytest.raises(UserError, match="cannot read"):
             load_prompts(dataclasses.replace(cfg, eval_prompts=wrong))
@@ -94,8 +96,9 @@ def test_files_and_figures_of_an_evaluation(model, tmp_path):
     assert saved == summary
     assert saved["wer_interval"][0] <= saved["wer"] <= saved["wer_interval"][1] and 0 <= saved["alignment_score"] <= 1
     assert {k: saved[k] for k in ("step", "ckpt", "prompts", "count", "judge", "steps", "cfg_scale", "vocoder")} == {
-        "step": 7, "ckpt": "some.pt", "prompts": "val", "count": 5, "judge": "ctc", "steps": 2, "cfg_scale": 2.0,
+        "step": 7, "ckpt": "some.pt", "prompts": "val", "count": 5, "judge": saved["judge"], "steps": 2, "cfg_scale": 2.0,
         "vocoder": "griffinlim"}
+    assert saved["temperature"] == 1.0 and saved["judge"] == load_judge(cfg, "cpu").name
     assert saved["judge_floor"] == {"cer": 0.1, "wer": 0.2, "recordings": 6}
     # the rates are those of all texts together, as jiwer counts them
     references, hypotheses = ([ctc.normalise_text(row[k]) for row in rows] for k in ("reference", "hypothesis"))
@@ -126,10 +129,29 @@ def test_floors_are_the_judges_errors_on_the_recordings(model, tmp_path, capsys)
     flags = ["--data_dir", cfg.data_dir, "--prompts", "val", "--num", "3", "--recordings", str(tmp_path), "--out_dir", str(tmp_path)]
     evaluator.main([*flags, "--eval_judge", "ctc"])  # the recordings without a checkpoint have the same figures
     judged = json.loads((tmp_path / "recordings.json").read_text())
-    assert judged["count"] == 2 and {k: summary[f"recording_{k}"] for k in ("wer", "cer")}.items() <= judged.items()
-    assert f"2 recordings, judge ctc: WER {judged['wer']:.2%}" in capsys.readouterr().out
+    assert judged["count"] == 2 and judged["judge"] == summary["judge"] and {k: summary[f"recording_{k}"] for k in ("wer", "cer")}.items() <= judged.items()
+    assert f"2 recordings, judge {judged['judge']}: WER {judged['wer']:.2%}" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no judge"):
         evaluator.main([*flags, "--eval_judge", "none"])
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_too_long_is_spoken_in_pieces(model, tmp_path):
+    """Its duration is that of its pieces and the pauses between them, and not block_size."""
+    cfg = model.cfg
+    prompts = [Prompt("hello there"), Prompt("One sentence here. " + "word " * 50 + "and the end.")]
+    assert fits(model, prompts[0].text) and not fits(model, prompts[1].text)
+    evaluate(model, cfg, prompts, tmp_path, ONE, 1, "c")
+    short, long = read_rows(tmp_path)
+    pieces = list(read_pieces(model, [[prompts[1].text]]))
+    assert (short["pieces"], long["pieces"]) == (1, len(pieces)) and len(pieces) > 2
+    seconds = sum(min(cfg.block_size, round(read_texts(model, [piece.text])[0][2] * 22050 / 256)) for piece in pieces) * 256 / 22050
+    pauses = sum(round(piece.pause * 22050 / 256) for piece in pieces[:-1]) * 256 / 22050
+    assert long["predicted_seconds"] == pytest.approx(seconds + pauses) and seconds > cfg.block_size * 256 / 22050
+    wav, _ = soundfile.read(tmp_path / long["audio"])
+    assert len(wav) / 22050 == pytest.approx(long["predicted_seconds"])
+    alone, = sample(model, [pieces[0].text], 2, 2.0, cfg.seed)
+    np.testing.assert_allclose(speak(model, [prompts[1].text], cfg, None)[0][0][:len(alone)], alone, atol=1e-3)
 
 
 @pytest.mark.parametrize("source, names", [("val", "val_"), (str(ROOT / "eval" / "prompts.txt"), "--prompts val")])
@@ -258,6 +280,8 @@ def test_comparing_two_evaluations(tmp_path, capsys):
     other = evaluation_folder(tmp_path / "c", {"no such prompt": [0, 1, 0, 1]})
     with pytest.raises(UserError, match="share no judged prompt"):
         compare(a, other)
+    with pytest.raises(UserError, match="by ctc, .* by ctc 12ab34cd; evaluate both with one judge"):
+        compare(a, evaluation_folder(tmp_path / "e", texts, judge="ctc 12ab34cd"))
     with pytest.raises(UserError, match="one judge"):
         compare(a, evaluation_folder(tmp_path / "d", texts, judge="whisper base.en"))
     (tmp_path / "d" / "wer.jsonl").write_text('{"reference": "from an older version"}\n')

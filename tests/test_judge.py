@@ -36,6 +36,13 @@ def judge_of(saved: dict) -> ctc.CTCJudge:
     return ctc.CTCJudge(model, saved)
 
 
+def test_judges_with_other_weights_have_other_names():
+    saved = talkative_judge()
+    assert judge_of(saved).name == judge_of(saved).name
+    other = saved | {"model": saved["model"] | {"out.bias": saved["model"]["out.bias"] + 1e-6}}
+    assert judge_of(other).name != judge_of(saved).name and judge_of(other).name.startswith("ctc ")
+
+
 @pytest.mark.parametrize("reference, hypothesis, counts", [
     ("the red fox ran", "the red box ran", [1, 4, 1, 15]), ("a dog", "dog", [1, 2, 2, 5]), ("dog", "a dog", [1, 1, 2, 3]),
     ("a dog", "", [2, 2, 5, 5]), ("a dog", "a dog", [0, 2, 0, 5])])

@@ -98,7 +98,7 @@ def test_bootstrap_intervals_cover_the_rate_as_often_as_they_say():
     """About 95 % of the intervals of 200 evaluations, of 60 prompts with a known error rate, contain it."""
     rng, lengths, held = np.random.default_rng(0), np.full(60, 10), 0
     for _ in range(200):
-        low, high = interval(bootstrap_rates(rng.binomial(10, 0.2, size=60), lengths))
+        low, high = interval(bootstrap_rates(rng.binomial(10, 0.2, size=60), lengths), lengths.sum())
         held += low <= 0.2 <= high
     assert 0.9 <= held / 200 <= 0.985
 
@@ -107,7 +107,23 @@ def test_rates_are_those_of_all_texts_together():
     """They are not the mean of the prompts' rates: a long prompt weighs more."""
     draws = bootstrap_rates([0, 90], [10, 90], seed=1)
     assert set(np.unique(draws)) == {0.0, 0.9, 1.0} and (draws == bootstrap_rates([0, 90], [10, 90], seed=1)).all()
-    assert interval(bootstrap_rates([3], [10])) == [0.3, 0.3]
+
+
+@given(st.integers(1, 50), st.integers(0, 2))
+def test_no_error_in_few_words_is_not_certainty(prompts, errors):
+    """Rule of three: without an error in n words, the rate can be 3 / n. An end is never below the bootstrap's."""
+    wrong, lengths = np.zeros(prompts, int), np.full(prompts, 10)
+    wrong[0] = errors
+    draws = bootstrap_rates(wrong, lengths)
+    low, high = interval(draws, lengths.sum())
+    assert 0 <= low <= errors / lengths.sum() and high == max(np.percentile(draws, 97.5), 3 / lengths.sum()) > 0
+    same = interval(draws - draws, lengths.sum(), differences=True)
+    assert same == [-3 / lengths.sum(), 3 / lengths.sum()]
+    assert interval(draws + 0.5, 10, differences=True)[0] >= 0.5
+
+
+def test_rates_by_hand():
+    assert interval(bootstrap_rates([3], [10]), 10) == [0.3, 0.3]
     rates = error_rates([{"x_edits": [1, 2, 3, 20]}, {"x_edits": None}, {}, {"x_edits": [1, 8, 0, 20]}], "x_")
     assert (rates["x_wer"], rates["x_cer"]) == (0.2, 3 / 40) and rates["x_wer_interval"] == [0.125, 0.5]
     assert error_rates([{}]) == dict.fromkeys(("wer", "wer_interval", "cer", "cer_interval"))
