@@ -43,8 +43,8 @@ def allot_positions(share: torch.Tensor, lengths: torch.Tensor, token_lengths: t
     """
     n, last = torch.arange(share.shape[1], device=share.device), token_lengths[:, None] - 1
     end = (share.double().cumsum(dim=1) * lengths[:, None]).round().long()  # of each token: the first position after it
-    # Each end must exceed the one before. Isotonic regression finds the nearest such ends: the mean of the running maximum from
-    # the left and of the running minimum from the right
+    # Each end must exceed the one before. Isotonic regression finds the nearest such ends: the mean of the running maximum
+    # from the left and of the running minimum from the right
     excess = (end - n).where(n <= last, lengths[:, None])
     spread = (excess.cummax(dim=1).values + excess.flip(1).cummin(dim=1).values.flip(1)) // 2
     spread = n + spread.clamp(min=1).minimum(lengths[:, None] - last)

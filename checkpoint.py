@@ -75,19 +75,28 @@ def save_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, step: int, r
     `rest` holds what else the run needs to go on. Raises UserError or RuntimeError, as the disk and torch.save do.
     """
     out = Path(cfg.out_dir)
-    numbered, latest = out / f"ckpt_step_{step:08d}.pt", out / "latest.pt"
+    numbered = numbered_checkpoint(out, step)
     with replacing(numbered) as tmp, open(tmp, "wb") as f:
         torch.save({"model": model.saved_state(), "ema": ema, "optimizers": [o.state_dict() for o in optimizers],
                     "step": step, "config": dataclasses.asdict(cfg), **rest}, f)
         f.flush()
         os.fsync(f.fileno())  # without it, a power failure could leave the new name on an empty file
-    with replacing(latest) as tmp:
-        try:
-            os.link(numbered, tmp)  # the same file under a second name
-        except OSError:  # a file system without hard links
-            tmp.write_bytes(numbered.read_bytes())
+    link_checkpoint(numbered, out / "latest.pt")
     for old in sorted(out.glob("ckpt_step_*.pt"))[:-cfg.keep_checkpoints]:
         old.unlink()
+
+
+def numbered_checkpoint(out: Path, step: int) -> Path:
+    return out / f"ckpt_step_{step:08d}.pt"
+
+
+def link_checkpoint(numbered: Path, name: Path) -> None:
+    """Give a checkpoint a second name, in place of the file that has it."""
+    with replacing(name) as tmp:
+        try:
+            os.link(numbered, tmp)
+        except OSError:  # a file system without hard links
+            tmp.write_bytes(numbered.read_bytes())
 
 
 def last_checkpoint(out: Path) -> str:

@@ -1,10 +1,12 @@
 """From a corpus to batches: what is trained on, in which order, with which silence, noise, times and text dropout.
 
-    python data.py data/demo_bigvgan    # check a corpus: list all its problems, or what it holds
+    python data.py data/demo_bigvgan --config configs/demo.yaml   # check a corpus: all its problems, or what it holds
 
 Everything random about a training sample comes from a generator seeded with (seed, epoch, utterance). So a step's batch is a
 pure function of (config, step), and neither the number of ranks nor a restart changes it.
 """
+import dataclasses
+import itertools
 import json
 import sys
 from collections import deque
@@ -16,16 +18,34 @@ import torch
 import audio
 from common import UserError, run_cli
 from config import Config, load_config
-from corpus import Corpus
+from corpus import SPLITS, Corpus
+from model import byte_tokens, load_tokeniser
 
 STEPS_AHEAD = 4  # for each loader thread
 
 
 # --- what is trained on
 
-def training_rows(corpus: Corpus, cfg: Config) -> np.ndarray:
+def fitting_rows(corpus: Corpus, split: str, cfg: Config, tokenise) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of a split's utterances of at most block_size frames: those that can be aligned, and those that cannot.
+
+    The alignment search gives each token a position. A text in a script of two or three bytes per letter can have more
+    tokens than its speech has positions. Raises UserError if most texts of the split have.
+    """
+    rows = corpus.split(split, cfg)
+    tokens = np.array([len(tokenise(corpus.texts[i])) for i in rows], dtype=np.int64)
+    crowded = cfg.alignment_search & (tokens > -(-corpus.frames[rows] // cfg.patch))
+    if 2 * crowded.sum() > len(rows):
+        advice = "set patch: 1" if cfg.patch > 1 else "use a text encoder with fewer tokens, or set alignment_search: false"
+        raise UserError(f"{crowded.sum()} of {len(rows)} texts of {corpus.dir}'s {split} split have more tokens than their "
+                        f"speech has positions (patch = {cfg.patch}: {positions_per_second(cfg):.0f} a second), such as "
+                        f"{[corpus.ids[i] for i in rows[crowded][:3]]}; {advice}")
+    return rows[~crowded], rows[crowded]
+
+
+def training_rows(corpus: Corpus, cfg: Config, tokenise) -> np.ndarray:
     """Indices of the training split, cut to overfit_first_n_samples if that is set. Raises UserError if they are too few."""
-    rows = corpus.split("train", cfg)[:cfg.overfit_first_n_samples or None]
+    rows = fitting_rows(corpus, "train", cfg, tokenise)[0][:cfg.overfit_first_n_samples or None]
     if len(rows) < cfg.effective_batch_size:
         raise UserError(f"effective_batch_size = {cfg.effective_batch_size} but only {len(rows)} training utterances of "
                         f"{corpus.dir} fit (block_size = {cfg.block_size} frames, overfit_first_n_samples = "
@@ -33,14 +53,19 @@ def training_rows(corpus: Corpus, cfg: Config) -> np.ndarray:
     return rows
 
 
-def describe(corpus: Corpus, cfg: Config) -> str:
+def positions_per_second(cfg: Config) -> float:
+    return cfg.sample_rate / cfg.hop_length / cfg.patch
+
+
+def describe(corpus: Corpus, cfg: Config, tokenise) -> str:
     """One line: utterances, hours, what is left out, and the padding waste of the first epoch's batches."""
-    train = training_rows(corpus, cfg)
+    train, splits = training_rows(corpus, cfg, tokenise), {s: fitting_rows(corpus, s, cfg, tokenise) for s in SPLITS}
     dropped = corpus.splits.count("train") - len(corpus.split("train", cfg))
     hours = corpus.frames[train].sum() * cfg.hop_length / cfg.sample_rate / 3600
-    held_out = ", ".join(f"{len(corpus.split(s, cfg))} {s}" for s in ("val", "test"))
-    return (f"corpus {corpus.dir}: {len(train)} training utterances ({hours:.2f} h), {held_out}; {dropped} longer than "
-            f"{cfg.block_size} frames left out; padding waste {padding_waste(corpus.frames, train, cfg):.1%}")
+    held_out = ", ".join(f"{len(splits[s][0])} {s}" for s in ("val", "test"))
+    return (f"corpus {corpus.dir}: {len(train)} training utterances ({hours:.2f} h), {held_out}; left out: {dropped} longer "
+            f"than {cfg.block_size} frames, {len(splits['train'][1])} with more tokens than positions; padding waste "
+            f"{padding_waste(corpus.frames, train, cfg):.1%}")
 
 
 # --- the order of an epoch
@@ -61,10 +86,8 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, b
 
 
 def rank_rows(step_rows: np.ndarray, micro: int, rank: int, world: int, cfg: Config) -> np.ndarray:
-    """The part of a step's utterances that `rank` processes in accumulation step `micro`."""
-    n = cfg.batch_size // world
-    start = (micro * world + rank) * n
-    return step_rows[start:start + n]
+    """The part of a step's utterances that `rank` processes in accumulation step `micro`: equal parts, or one more."""
+    return np.array_split(step_rows[micro * cfg.batch_size:(micro + 1) * cfg.batch_size], world)[rank]
 
 
 def padding_waste(frames: np.ndarray, train: np.ndarray, cfg: Config) -> float:
@@ -72,8 +95,8 @@ def padding_waste(frames: np.ndarray, train: np.ndarray, cfg: Config) -> float:
     world = cfg.gpus or cfg.nproc
     used = padded = 0
     for batch in epoch_batches(frames[train], cfg.effective_batch_size, cfg.seed, 0, cfg.length_buckets):
-        for part in batch.reshape(-1, cfg.batch_size // world):
-            lengths = frames[train][part]
+        for micro, rank in itertools.product(range(cfg.effective_batch_size // cfg.batch_size), range(world)):
+            lengths = frames[train][rank_rows(batch, micro, rank, world, cfg)]
             used, padded = used + lengths.sum(), padded + lengths.max() * len(lengths)
     return 1 - used / padded
 
@@ -133,7 +156,7 @@ class TrainingSteps:
 
     def __init__(self, corpus: Corpus, cfg: Config, tokenise, rank: int, world: int):
         self.corpus, self.cfg, self.tokenise, self.rank, self.world = corpus, cfg, tokenise, rank, world
-        self.indices = training_rows(corpus, cfg)
+        self.indices = training_rows(corpus, cfg, tokenise)
         self.steps_per_epoch = len(self.indices) // cfg.effective_batch_size
         self._epoch = -1, []  # the epoch last asked for, and its batches
 
@@ -152,6 +175,12 @@ class TrainingSteps:
     def utterances(self, step: int) -> list[str]:
         """The ids of a step's utterances, on all ranks."""
         return [self.corpus.ids[i] for i in self._rows(step)]
+
+    def longest(self) -> dict:
+        """This rank's part of a batch of the longest utterances, all with a tail: what needs the most memory."""
+        cfg = dataclasses.replace(self.cfg, silence_prob=1.0 if self.cfg.silence_prob else 0.0)
+        rows = self.indices[np.argsort(-self.corpus.frames[self.indices], kind="stable")[:cfg.batch_size]]
+        return collate(self.corpus, rank_rows(rows, 0, self.rank, self.world, cfg), cfg, self.tokenise, 0)
 
     def __getitem__(self, step: int) -> list[dict]:
         cfg, epoch, rows = self.cfg, step // self.steps_per_epoch, self._rows(step)
@@ -194,6 +223,8 @@ def main(argv: list[str]) -> int | None:
         corpus = Corpus(cfg.data_dir, cfg, problems.append)
         if corpus.is_whole:
             corpus.check(problems.append)
+        tokenise = load_tokeniser(cfg)[0] if "--config" in argv else byte_tokens  # of the default, ByT5
+        crowded = [corpus.ids[i] for split in SPLITS for i in fitting_rows(corpus, split, cfg, tokenise)[1]]
     except UserError as e:  # the check cannot go on
         problems.append(str(e))
     if problems:
@@ -202,7 +233,9 @@ def main(argv: list[str]) -> int | None:
     print(json.dumps({k: v for k, v in corpus.stats.items() if k != "characters"}))
     print(f"{(corpus.frames > cfg.block_size).sum()} of {len(corpus)} utterances are longer than block_size = "
           f"{cfg.block_size} frames and left out; {corpus.stats.get('rejected', 0)} were rejected at preparation "
-          f"(metadata/rejected.jsonl)\nread every frame and found no problem; fingerprint {corpus.fingerprint()[:12]}")
+          f"(metadata/rejected.jsonl)\n{len(crowded)} have more tokens than positions (patch = {cfg.patch}: "
+          f"{positions_per_second(cfg):.0f} a second) and are left out{': ' if crowded else ''}{', '.join(crowded)}\n"
+          f"read every frame and found no problem; fingerprint {corpus.fingerprint()[:12]}")
 
 
 if __name__ == "__main__":

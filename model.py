@@ -31,33 +31,45 @@ def byte_tokens(text: str) -> list[int]:
     return [b + 3 for b in text.encode()] + [1]
 
 
-def load_text_encoder(cfg: Config):
-    """The encoder (a Hugging Face module), a function from text to token ids, and the most tokens that the encoder reads.
+def from_hub(name: str, load, **options):
+    """load(name), where `load` is a from_pretrained of transformers. Does not run code that is stored there.
 
-    Code that is stored beside the weights is not run. Raises UserError if the encoder cannot be loaded.
+    Raises UserError if it cannot be loaded.
     """
-    from transformers import AutoModelForTextEncoding, AutoTokenizer, T5Config, T5EncoderModel
-    name = cfg.text_encoder_name
-    if name == "random":
-        width, heads = cfg.text_encoder_width, cfg.text_encoder_heads
-        encoder = T5EncoderModel(T5Config(
-            vocab_size=384, d_model=width, d_kv=width // heads, num_heads=heads, num_layers=cfg.text_encoder_layers,
-            d_ff=multiple_of_32(width * 8 / 3), feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False))
-        return encoder, byte_tokens, T5_TOKENS
     try:
-        # trust_remote_code is explicit, because transformers would otherwise ask at the terminal
-        encoder = AutoModelForTextEncoding.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-        if encoder.config.vocab_size == 384 and encoder.config.model_type == "t5":
-            return encoder, byte_tokens, T5_TOKENS  # ByT5 has no vocabulary file
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return load(name, trust_remote_code=False, **options)  # explicit, because transformers would otherwise ask
     except Exception as e:  # the hub and the loader raise many types
         source = "that folder" if os.path.isdir(name) else "the Hugging Face hub (or the local cache)"
         raise UserError(f"cannot load the text encoder '{name}' from {source} ({type(e).__name__}: "
                         f"{first_line(e)[:120]}). Download its config.json and weights "
                         f"(https://huggingface.co/{name}) into a folder and set text_encoder_name to it, or set "
                         "text_encoder_name: random and train_text_encoder: true") from None
-    most = min(getattr(encoder.config, "max_position_embeddings", T5_TOKENS), tokenizer.model_max_length, T5_TOKENS)
-    return encoder, functools.cache(lambda text: tokenizer(text)["input_ids"]), most  # cached: threads must not share it
+
+
+def load_tokeniser(cfg: Config) -> tuple:
+    """A function from text to token ids, and the most tokens that the text encoder reads. Raises UserError."""
+    from transformers import AutoConfig, AutoTokenizer
+    name = cfg.text_encoder_name
+    if name == "random":
+        return byte_tokens, T5_TOKENS
+    encoder = from_hub(name, AutoConfig.from_pretrained).get_text_config()
+    if encoder.vocab_size == 384 and encoder.model_type == "t5":
+        return byte_tokens, T5_TOKENS  # ByT5 has no vocabulary file
+    tokenizer = from_hub(name, AutoTokenizer.from_pretrained)
+    most = min(getattr(encoder, "max_position_embeddings", T5_TOKENS), tokenizer.model_max_length, T5_TOKENS)
+    return functools.cache(lambda text: tokenizer(text)["input_ids"]), most  # cached: threads must not share it
+
+
+def load_text_encoder(cfg: Config):
+    """The encoder, a Hugging Face module. Raises UserError if it cannot be loaded."""
+    from transformers import AutoModelForTextEncoding, T5Config, T5EncoderModel
+    name = cfg.text_encoder_name
+    if name == "random":
+        width, heads = cfg.text_encoder_width, cfg.text_encoder_heads
+        return T5EncoderModel(T5Config(
+            vocab_size=384, d_model=width, d_kv=width // heads, num_heads=heads, num_layers=cfg.text_encoder_layers,
+            d_ff=multiple_of_32(width * 8 / 3), feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False))
+    return from_hub(name, AutoModelForTextEncoding.from_pretrained, dtype=torch.float32)
 
 
 def multiple_of_32(x: float) -> int:
@@ -254,7 +266,7 @@ class TTS(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
-        self.text_encoder, self.tokenise, self.most_tokens = load_text_encoder(cfg)
+        self.text_encoder, (self.tokenise, self.most_tokens) = load_text_encoder(cfg), load_tokeniser(cfg)
         self.text_encoder.requires_grad_(cfg.train_text_encoder).eval()
         encoder_width = self.text_encoder.config.hidden_size
         self.text_proj = nn.Linear(encoder_width, cfg.width)

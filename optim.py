@@ -1,4 +1,5 @@
 """The optimisers (Muon and AdamW), the learning-rate schedule, and the moving average of the weights."""
+import dataclasses
 import math
 from contextlib import contextmanager
 
@@ -60,15 +61,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, cfg: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW for all other trainable parameters of a TTS."""
+    """Muon for the matrices inside blocks, AdamW for all other trainable parameters of a TTS.
+
+    Gains, biases (one is the speaking rate) and the vector for no text do not decay: they have no reason to be small.
+    """
     encoder = getattr(model.text_encoder, "encoder", None) or model.text_encoder
     blocks = [*model.decoder.blocks, *model.text_blocks, *encoder.children()]
     inside = {m.weight for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)}
     matrices = [p for p in model.parameters() if p.requires_grad and p in inside]
     rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    groups = [{"params": [p for p in rest if p.ndim == 2]},
+              {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}]
     fused = {"fused": True} if next(model.parameters()).is_cuda else {}
     return [Muon(matrices, cfg.learning_rate, cfg.weight_decay, cfg.muon_momentum),
-            torch.optim.AdamW(rest, lr=cfg.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, **fused)]
+            torch.optim.AdamW(groups, lr=cfg.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, **fused)]
 
 
 def lr_factor(step: int, cfg: Config) -> float:
@@ -78,6 +84,13 @@ def lr_factor(step: int, cfg: Config) -> float:
     progress = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
     left = {"linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress), "constant": 1.0}[cfg.lr_decay]
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
+
+
+def describe_schedule_change(before: int, cfg: Config, step: int) -> str:
+    """What another max_steps than `before` does to the learning rate of a run that goes on at `step`."""
+    old, new = (lr_factor(step, dataclasses.replace(cfg, max_steps=n)) * cfg.learning_rate for n in (before, cfg.max_steps))
+    return (f"max_steps was {before}, is {cfg.max_steps}: the learning rate of step {step} moves from {old:.2e} to "
+            f"{new:.2e} ({cfg.lr_decay} decay)")
 
 
 def set_learning_rates(optimizers: list, cfg: Config, step: int) -> float:

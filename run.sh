@@ -92,7 +92,7 @@ corpus=$data_dir/metadata/dataset_stats.json
 # In salloc's shell and in an sbatch script only one run.sh is started, so it must not wait for others.
 nnodes=${NNODES:-${SLURM_STEP_NUM_NODES:-1}}
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] ||
-  die "NNODES = $nnodes is not a positive integer; give the number of machines (no range: the batch divides among all ranks)"
+  die "NNODES = $nnodes is not a positive integer; give the number of machines (no range: the number of ranks is fixed)"
 [ -n "${NNODES:-}" ] || [ "${SLURM_STEP_NUM_TASKS:-$nnodes}" = "$nnodes" ] ||
   die "srun starts $SLURM_STEP_NUM_TASKS run.sh on $nnodes machine(s); start one on each: srun --ntasks-per-node=1"
 max_restarts=${MAX_RESTARTS:-$((nnodes > 1 ? 3 : 0))}
@@ -110,8 +110,8 @@ if [ "$nnodes" -gt 1 ]; then
   { [[ $endpoint =~ ^[A-Za-z0-9._-]+:[1-9][0-9]{0,4}$ ]] && [ "${endpoint##*:}" -le 65535 ]; } ||
     die "RDZV_ENDPOINT = '$endpoint' is not host:port; NNODES = $nnodes needs one of the machines and a free port on it"
   world=$((nnodes * ranks))
-  [ $((batch_size % world)) -eq 0 ] ||
-    die "batch_size = $batch_size does not divide among $world ranks, $ranks on each of $nnodes machines (it counts all)"
+  [ "$batch_size" -ge "$world" ] ||
+    die "batch_size = $batch_size is less than one utterance for each of $world ranks, $ranks on each of $nnodes machines"
   [ -f "$corpus" ] ||
     die "no corpus at $data_dir, and $nnodes machines would all make it; first run once: ./run.sh prepare ${args[*]}"
   # Without the variable, a machine that stayed looks for the new rank 0 at the port of the old one (torch 2.13)

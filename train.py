@@ -12,7 +12,6 @@ import dataclasses
 import math
 import os
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -22,15 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 import evaluator
 from checkpoint import last_checkpoint, naming_checkpoint, resume_checkpoint, save_checkpoint
-from common import UserError, first_line, run_cli, tell, warn, write_file
+from common import UserError, run_cli, tell, write_file
 from config import Config, load_config, to_yaml
 from corpus import Corpus
-from data import TrainingSteps, collate, describe, training_loader, training_rows
+from data import TrainingSteps, collate, describe, fitting_rows, training_loader, training_rows
 from distributed import Ranks, any_rank, on_all_ranks, reduce_over_ranks
-from eval.page import write_run_page
 from metric import Metrics, Window, peak_memory, provenance
 from model import TTS, autocast, parameter_table
-from optim import averaged, make_optimizers, set_learning_rates, start_ema, update_ema
+from optim import averaged, describe_schedule_change, make_optimizers, set_learning_rates, start_ema, update_ema
 
 LOSSES = ("loss", "flow_loss", "duration_loss", "share_loss", "alignment_loss")
 VALIDATION_EPOCH = 2**31  # training never reaches this epoch, so validation has noise and times of its own
@@ -44,8 +42,9 @@ def load_model(cfg: Config, ranks: Ranks) -> tuple[Corpus, TTS]:
     cfg.mel_mean = corpus.mel_stats[0] if cfg.mel_mean is None else cfg.mel_mean
     cfg.mel_std = corpus.mel_stats[1] if cfg.mel_std is None else cfg.mel_std
     torch.manual_seed(cfg.seed)
-    model, about = TTS(cfg).to(ranks.device), describe(corpus, cfg)
-    tokens = {corpus.ids[i]: len(model.tokenise(corpus.texts[i])) for i in training_rows(corpus, cfg)}
+    model = TTS(cfg).to(ranks.device)
+    about = describe(corpus, cfg, model.tokenise)
+    tokens = {corpus.ids[i]: len(model.tokenise(corpus.texts[i])) for i in training_rows(corpus, cfg, model.tokenise)}
     if long := [utt_id for utt_id, count in tokens.items() if count > model.most_tokens]:
         raise UserError(f"{len(long)} text(s) of {corpus.dir} have more than the {model.most_tokens} tokens that the text "
                         f"encoder reads, such as those of {long[:5]}; shorten them, or lower block_size")
@@ -62,7 +61,7 @@ def load_model(cfg: Config, ranks: Ranks) -> tuple[Corpus, TTS]:
 def validation_losses(model: TTS, corpus: Corpus, cfg: Config, ranks: Ranks) -> dict[str, float]:
     """Losses on the same utterances, noise and times every time, without text dropout or silence tails."""
     still = dataclasses.replace(cfg, silence_prob=0.0, text_condition_dropout=0.0)
-    rows = corpus.split("val", cfg)[:cfg.val_num_samples]
+    rows = fitting_rows(corpus, "val", cfg, model.tokenise)[0][:cfg.val_num_samples]
     n, sums = max(1, cfg.batch_size // ranks.world), dict.fromkeys(("flow_loss", "duration_loss", "share_loss"), 0.0)
     for start in range(ranks.rank * n, len(rows), ranks.world * n):
         batch = collate(corpus, rows[start:start + n], still, model.tokenise, VALIDATION_EPOCH)
@@ -87,36 +86,24 @@ def backward(model, batches: list[dict], cfg: Config, ranks: Ranks) -> torch.Ten
     return sums
 
 
+def try_longest_batch(model, steps: TrainingSteps, cfg: Config, ranks: Ranks) -> None:
+    """Forward and backward of the longest batch, so that want of memory shows now and not hours later. Raises UserError."""
+    batch = steps.longest()
+    counts = {"frames": batch["mel_lengths"].sum(), "utterances": torch.tensor(len(batch["mel"]))}
+    try:
+        backward(model, [batch | counts], cfg, ranks)
+    except torch.OutOfMemoryError:
+        raise UserError(f"the longest {len(batch['mel'])} utterances, {batch['mel'].shape[1]} frames each, do not fit into "
+                        f"the memory of {ranks.device}; lower batch_size and leave effective_batch_size = "
+                        f"{cfg.effective_batch_size}, which accumulates gradients, or lower block_size") from None
+    model.zero_grad(set_to_none=True)
+
+
 def describe_divergence(cfg: Config, steps: TrainingSteps, step: int, in_a_row: int) -> str:
     ids = ", ".join(steps.utterances(step - 1)[:64])
     return (f"the loss or its gradient was not finite in {in_a_row} steps in a row, the last of them step {step} ({ids}); "
             f"the last good checkpoint is {last_checkpoint(Path(cfg.out_dir))}. Lower learning_rate, or look at the corpus: "
             f"python data.py {cfg.data_dir}")
-
-
-def evaluate(model: TTS, cfg: Config, prompts: list, step: int, train_seconds: float, metrics: Metrics | None,
-             ranks: Ranks, forgive: bool) -> None:
-    """Evaluate the model as it is, log the figures and write the pages. With `forgive` an error is only reported."""
-    out, folder = Path(cfg.out_dir), Path(cfg.out_dir) / "eval" / f"step_{step:08d}"
-    if metrics:
-        tell(f"step {step}: synthesizing {len(prompts)} prompts, {cfg.eval_steps} Euler steps each")
-    try:
-        summary = evaluator.evaluate(model, cfg, prompts, folder, ranks, step, str(out / f"ckpt_step_{step:08d}.pt"))
-    except Exception as e:  # on all ranks alike
-        if not forgive:
-            raise
-        warn(f"step {step}: evaluation failed: {first_line(e)}")
-        if not isinstance(e, UserError):
-            traceback.print_exc()
-        return
-    if metrics:
-        rates = {} if summary["wer"] is None else {"eval/wer": summary["wer"], "eval/cer": summary["cer"]}
-        metrics.log(step, rates | {"eval/alignment_score": summary["alignment_score"], "time/train_sec": train_seconds,
-                                   "time/eval_sec": summary["total_seconds"]})
-        metrics.media(step, folder)
-        metrics.attempt("the listening page", write_run_page, out)
-        shown = ", ".join(f"{name[5:].upper()} {rate:.2%}" for name, rate in rates.items())
-        tell(f"step {step}: {shown or 'evaluated'} after {train_seconds / 60:.1f} min of training")
 
 
 # --- the run
@@ -132,13 +119,15 @@ def main(argv: list[str]) -> None:
     evaluated = any_rank(any(out.glob("eval/*/summary.json")), ranks)
     with on_all_ranks(ranks):
         corpus, model = load_model(cfg, ranks)
-        prompts = evaluator.prepare(cfg, corpus, ranks, evaluated) if cfg.eval_interval else []
+        prompts = evaluator.prepare(cfg, corpus, model.tokenise, ranks, evaluated) if cfg.eval_interval else []
         fingerprint = corpus.fingerprint()
         lock = distributed.lock_folder(out) if ranks.rank == 0 else None
     optimizers, ema = make_optimizers(model, cfg), start_ema(model, cfg.ema_decay)
     with on_all_ranks(ranks):
         ckpt = resume_checkpoint(cfg, model, optimizers, ema, fingerprint)
     first_step = step = ckpt["step"]
+    if step and (before := ckpt["config"]["max_steps"]) != cfg.max_steps:
+        say(describe_schedule_change(before, cfg, step))
     distributed.check_same_step(step, ranks)
     if cfg.compile:
         model.decoder.compile(dynamic=True)
@@ -163,6 +152,10 @@ def main(argv: list[str]) -> None:
 
     # --- the loop
     model.train()
+    start = time.time()
+    try_longest_batch(ddp, steps, cfg, ranks)
+    if cfg.compile and metrics:
+        metrics.log(step, {"time/compile_sec": time.time() - start})
     with distributed.stop_signals() as asked:
         while True:
             # Validate, save, evaluate
@@ -188,7 +181,7 @@ def main(argv: list[str]) -> None:
                 tried_step = step
             if eval_due:
                 with averaged(model, ema):
-                    evaluate(model, cfg, prompts, step, train_seconds, metrics, ranks, forgive=evaluated)
+                    evaluator.evaluate_run(model, cfg, prompts, step, train_seconds, metrics, ranks, first=not evaluated)
                 evaluated = True  # only the first evaluation of a run must not fail
             if done:
                 break
@@ -202,7 +195,7 @@ def main(argv: list[str]) -> None:
             torch.manual_seed(hash((cfg.seed, step, ranks.rank)))  # for a dropout that you may add: it resumes exactly too
             losses = backward(ddp, batches, cfg, ranks)
             norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
-            broken = any_rank(not (norm + losses.sum()).isfinite().item(), ranks)  # if on any rank, all skip the step
+            broken = not norm.isfinite().item()  # on all ranks or on none, as DDP has added up their gradients
             if not broken:
                 for optimizer in optimizers:
                     optimizer.step()
@@ -215,8 +208,7 @@ def main(argv: list[str]) -> None:
 
             # Log
             took = time.time() - start
-            compiled = cfg.compile and step == first_step + 1  # the time of compilation does not count as training
-            train_seconds += 0 if compiled else took
+            train_seconds += took
             window.add(losses, int(batches[0]["frames"]), took, waited, broken)
             if step % cfg.log_interval == 0 or step >= last_step:
                 means = {f"train/{name}": mean for name, mean in window.means(ranks).items()}
@@ -226,8 +218,6 @@ def main(argv: list[str]) -> None:
                     metrics.log(step, values)
                     metrics.line(step, last_step, values)
                 window.clear()
-            if compiled and metrics:
-                metrics.log(step, {"time/compile_sec": took})
 
     # --- the end
     loader.close()

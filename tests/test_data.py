@@ -3,6 +3,7 @@ python -m pytest tests/test_data.py
 
 Batches are a pure function of config and step, on any number of ranks and loader threads.
 """
+import dataclasses
 import shutil
 import threading
 import time
@@ -19,8 +20,9 @@ import audio
 import data
 from common import UserError
 from config import Config
-from corpus import Corpus
+from corpus import Corpus, Utterance, write_corpus
 from data import TrainingSteps
+from model import byte_tokens
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def test_utterances_longer_than_block_size_are_left_out_and_counted(corpus):
     cfg = Config(**SMALL | dict(block_size=40, batch_size=4, effective_batch_size=4))
     fit = [i for i in range(14) if corpus.frames[i] <= 40]
     assert 4 < len(fit) < 14
-    assert corpus.split("train", cfg).tolist() == data.training_rows(corpus, cfg).tolist() == fit
+    assert corpus.split("train", cfg).tolist() == data.training_rows(corpus, cfg, tokenise).tolist() == fit
     assert corpus.split("val", cfg).tolist() == [14] and corpus.split("nonsense", cfg).tolist() == []
-    text = data.describe(corpus, cfg)
-    assert f"{len(fit)} training utterances" in text and f"{14 - len(fit)} longer than 40 frames left out" in text
+    text = data.describe(corpus, cfg, tokenise)
+    assert f"{len(fit)} training utterances" in text and f"left out: {14 - len(fit)} longer than 40 frames, 0 with" in text
     assert "1 val, 1 test" in text and "padding waste" in text
 
 
@@ -50,8 +52,36 @@ def test_utterances_longer_than_block_size_are_left_out_and_counted(corpus):
                                      dict(overfit_first_n_samples=7), dict(block_size=1)])
 def test_too_few_utterances_for_a_batch_are_refused(corpus, options):
     with pytest.raises(UserError) as e:
-        data.training_rows(corpus, Config(**SMALL | options))
+        data.training_rows(corpus, Config(**SMALL | options), tokenise)
     assert all(word in str(e.value) for word in ("effective_batch_size", "block_size", "overfit_first_n_samples", str(corpus.dir)))
+
+
+def test_texts_with_more_tokens_than_positions_are_left_out_counted_and_named(tmp_path, capsys):
+    """Hindi takes three bytes a letter. The search cannot give each byte one of 43 positions a second."""
+    def speak(*_):
+        return np.random.default_rng(0).uniform(-0.5, 0.5, 22050).astype(np.float32)
+    texts = {f"en_{n}": "a short text" for n in range(8)} | {f"hi_{n}": "बहुत लंबा वाक्य है यह" for n in range(4)}
+    splits = {"en_7": "val", "hi_3": "val"}
+    utterances = [Utterance(name, text, splits.get(name, "train"), name) for name, text in texts.items()]
+    write_corpus(str(tmp_path / "few"), utterances, speak, Config(), workers=1)
+    cfg = Config(**SMALL | dict(n_mels=80, batch_size=4, effective_batch_size=4, patch=2, hop_length=256, n_fft=1024, win_length=1024,
+                                sample_rate=22050, f_max=8000.0, data_dir=str(tmp_path / "few"), silence_prob=0.0))
+    corpus = Corpus(cfg.data_dir, cfg)
+    assert data.training_rows(corpus, cfg, byte_tokens).tolist() == list(range(7))
+    assert "0 longer than 1024 frames, 3 with more tokens than positions" in data.describe(corpus, cfg, byte_tokens)
+    assert "1 val" in data.describe(corpus, cfg, byte_tokens)
+    data.main([cfg.data_dir, "--patch", "2"])
+    printed = capsys.readouterr().out
+    assert "4 have more tokens than positions (patch = 2: 43 a second) and are left out: hi_0, hi_1, hi_2, hi_3" in printed
+    data.main([cfg.data_dir, "--patch", "1"])
+    assert "0 have more tokens" in capsys.readouterr().out
+    for options in (dict(patch=1), dict(alignment_search=False)):
+        assert len(data.training_rows(corpus, dataclasses.replace(cfg, **options), byte_tokens)) == 10
+    many = [Utterance(u.utt_id, texts["hi_0"] if u.utt_id < "en_5" else u.text, u.split, "") for u in utterances]
+    write_corpus(str(tmp_path / "many"), many, speak, Config(), workers=1)
+    with pytest.raises(UserError, match=r"8 of 10 texts .* train split have more tokens .*\(patch = 2: 43 a second\), such as .*set patch: 1"):
+        data.training_rows(Corpus(str(tmp_path / "many"), cfg), cfg, byte_tokens)
+    assert data.main([str(tmp_path / "many"), "--patch", "2"]) == 2 and "set patch: 1" in capsys.readouterr().err
 
 
 # --- the order of an epoch
@@ -101,6 +131,25 @@ def test_padding_waste_is_that_of_the_forward_passes():
         waste[batch, world] = data.padding_waste(frames, train, cfg)
         assert waste[batch, world] == pytest.approx(padding(frames, parts))
     assert waste[64, 4] == waste[16, 1] < waste[64, 1]
+
+
+@given(batch=st.integers(1, 64), micros=st.integers(1, 4), world=st.integers(1, 64))
+def test_ranks_share_a_step_evenly(batch, micros, world):
+    """Any number of ranks up to the batch: each utterance goes to one of them, and their numbers differ by at most one."""
+    cfg, world = Config(effective_batch_size=batch * micros, batch_size=batch), min(world, batch)
+    parts = [data.rank_rows(np.arange(batch * micros), micro, rank, world, cfg) for micro in range(micros) for rank in range(world)]
+    assert np.concatenate(parts).tolist() == list(range(batch * micros))
+    sizes = {len(part) for part in parts}
+    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+def test_the_longest_batch_needs_the_most_memory(corpus):
+    options = dict(batch_size=4, effective_batch_size=4, silence_prob=0.5, max_silence_sec=0.1)
+    longest = steps_of(corpus, **options).longest()
+    assert longest["speech_lengths"].tolist() == sorted(corpus.frames[:14])[:-5:-1]
+    assert (longest["mel_lengths"] > longest["speech_lengths"]).any()
+    ranks = [steps_of(corpus, rank, 2, **options).longest() for rank in range(2)]
+    assert torch.equal(torch.cat([part["mel_lengths"] for part in ranks]), longest["mel_lengths"])
 
 
 # --- batches
@@ -155,7 +204,7 @@ def test_random_parts_have_the_distributions_of_the_config(corpus):
 def test_a_step_is_the_same_on_any_number_of_ranks(corpus):
     for step in (5, 0, 1):
         (expected,) = steps_of(corpus)[step]
-        for batch, world in ((8, 2), (4, 1), (4, 2), (2, 2), (8, 8)):
+        for batch, world in ((8, 2), (4, 1), (4, 2), (2, 2), (8, 8), (8, 3), (4, 3)):
             ranks = [steps_of(corpus, rank, world, batch_size=batch, nproc=world) for rank in range(world)]
             parts = [ranks[rank][step][micro] for micro in range(8 // batch) for rank in range(world)]
             for key in ("mel_lengths", "token_lengths", "seconds", "t", "drop_text"):

@@ -34,6 +34,12 @@ def test_muon_trains_the_matrices_of_blocks_and_adamw_all_others():
                                          "decoder.modulation.weight", "text_proj.weight"}
 
 
+def test_only_matrices_decay():
+    model = small_model(weight_decay=0.1)
+    decays = {p: group["weight_decay"] for o in make_optimizers(model, model.cfg) for group in o.param_groups for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if decays[p] == 0} == {n for n, p in model.named_parameters() if p.ndim != 2}
+
+
 def test_muon_steps_as_torchs_does(monkeypatch):
     """Tall, wide and square matrices together, with torch's five quintics. Torch rounds to bfloat16, so allow for that."""
     monkeypatch.setattr(optim, "QUINTICS", {3: ((3.4445, -4.7750, 2.0315),) * 5})

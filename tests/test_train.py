@@ -428,6 +428,42 @@ def test_an_evaluation_that_was_cut_off_is_done_after_the_resume(demo_corpus, un
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@slow
+def test_the_best_checkpoint_by_the_judge_is_kept(demo_corpus, evaluations, tmp_path, monkeypatch):
+    """best.pt stays when a worse checkpoint comes, and when its numbered name is deleted. Only the first evaluation has floors."""
+    rates, floors = {4: 0.5, 8: 0.2, 12: 0.4, 16: 0.3}, {}
+
+    def evaluate(model, cfg, prompts, out, ranks, step, *rest, real=evaluator.evaluate, **options):
+        floors[step] = options["floors"]
+        return real(model, cfg, prompts, out, ranks, step, *rest, **options) | {"wer": 1.0, "cer": rates[step]}
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    flags = (*evaluations, "--eval_interval", 4, "--keep_checkpoints", 1)
+    for last, best in ((4, 4), (12, 8), (16, 8)):
+        run(demo_corpus, tmp_path / "run", *flags, "--max_steps", last, *(("--resume", "latest") if last > 4 else ()))
+        assert read_checkpoint(str(tmp_path / "run" / "best.pt"))["step"] == best
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.pt")) == ["best.pt", "ckpt_step_00000016.pt", "latest.pt"]
+    assert floors == {4: True, 8: False, 12: False, 16: False}
+
+
+def test_another_number_of_steps_on_resume_is_said(demo_corpus, tmp_path, capsys):
+    run(demo_corpus, tmp_path, "--max_steps", 4)
+    assert "max_steps was" not in capsys.readouterr().out
+    run(demo_corpus, tmp_path, "--max_steps", 5, "--resume", "latest")
+    assert "max_steps was 4, is 5: the learning rate of step 4 moves from 0.00e+00 to 2.33e-03 (linear decay)" in capsys.readouterr().out
+
+
+def test_too_little_memory_for_the_longest_batch_ends_the_run_at_once(demo_corpus, tmp_path, monkeypatch):
+    def forward(self, batch, real=TTS.forward):
+        if batch["mel_lengths"].max() == longest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch)
+    longest = Corpus(str(demo_corpus), Config()).frames[:48].max()
+    monkeypatch.setattr(TTS, "forward", forward)
+    with pytest.raises(UserError, match=f"longest 8 utterances, {longest} frames each, do not fit .* lower batch_size"):
+        run(demo_corpus, tmp_path, "--silence_prob", 0)
+    assert not (tmp_path / "latest.pt").exists()
+
+
 def test_the_first_evaluation_that_fails_ends_the_run_after_its_checkpoint(demo_corpus, evaluations, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator, "evaluate", failing(RuntimeError("a bug")))
     for step in (8, 8):  # the same again after a resume
@@ -439,8 +475,8 @@ def test_the_first_evaluation_that_fails_ends_the_run_after_its_checkpoint(demo_
 @slow
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), UserError("no room")])
 def test_later_evaluations_that_fail_only_warn(demo_corpus, undisturbed, evaluations, tmp_path, monkeypatch, capsys, error):
-    def evaluate(model, cfg, prompts, out, ranks, step, *rest, real=evaluator.evaluate):
-        return (real if step == 8 else failing(error))(model, cfg, prompts, out, ranks, step, *rest)
+    def evaluate(model, cfg, prompts, out, ranks, step, *rest, real=evaluator.evaluate, **options):
+        return (real if step == 8 else failing(error))(model, cfg, prompts, out, ranks, step, *rest, **options)
     monkeypatch.setattr(evaluator, "evaluate", evaluate)
     assert_same(run(demo_corpus, tmp_path / "run", *evaluations), undisturbed[1])
     stderr = capsys.readouterr().err
