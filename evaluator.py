@@ -196,14 +196,15 @@ def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_second
             traceback.print_exc()
         return
     if metrics:
-        rates = {} if summary["wer"] is None else {"eval/wer": summary["wer"], "eval/cer": summary["cer"]}
-        if rates and summary["cer"] <= metrics.best("eval/cer"):
+        rates = {f"eval/{name}": summary[name] for name in ("wer", "cer", "vocoded_wer", "vocoded_cer")
+                 if summary[name] is not None}
+        if "eval/cer" in rates and summary["cer"] <= metrics.best("eval/cer"):
             metrics.attempt("best.pt", link_checkpoint, numbered, out / "best.pt")
         metrics.log(step, rates | {"eval/alignment_score": summary["alignment_score"], "time/train_sec": train_seconds,
                                    "time/eval_sec": summary["total_seconds"]})
         metrics.media(step, folder)
         metrics.attempt("the listening page", write_run_page, out)
-        shown = ", ".join(f"{name[5:].upper()} {rate:.2%}" for name, rate in rates.items())
+        shown = ", ".join(f"{name[5:].replace('vocoded_', 'vocoded recordings ')} {rate:.2%}" for name, rate in rates.items())
         tell(f"step {step}: {shown or 'evaluated'} after {train_seconds / 60:.1f} min of training")
 
 

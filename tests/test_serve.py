@@ -79,6 +79,8 @@ def test_one_types_presses_and_hears(page, chromium):
         chromium.execute_script("[...document.querySelectorAll('button')].find(b => b.textContent.trim() == 'Speak').click()")
     chromium.get(address)
     until("[...document.querySelectorAll('button')].some(b => b.textContent.trim() == 'Speak')")
+    shown = chromium.execute_script("return document.body.innerText")
+    assert all(label in shown for label in ("Steps", "Guidance", "Temperature", "Speed", "Seed"))
     speak("One short line. And a second one.")
     wav = until("[...document.querySelectorAll('a[download]')].map(a => a.href).find(s => s.includes('.wav'))")
     chromium.set_script_timeout(60)
