@@ -204,7 +204,7 @@ def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_second
                                    "time/eval_sec": summary["total_seconds"]})
         metrics.media(step, folder)
         metrics.attempt("the listening page", write_run_page, out)
-        shown = ", ".join(f"{name[5:].replace('vocoded_', 'vocoded recordings ')} {rate:.2%}" for name, rate in rates.items())
+        shown = ", ".join(f"{name[5:].replace('_', ' ').upper()} {rate:.2%}" for name, rate in rates.items())
         tell(f"step {step}: {shown or 'evaluated'} after {train_seconds / 60:.1f} min of training")
 
 
