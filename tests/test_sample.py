@@ -69,6 +69,20 @@ def test_euler_integrates_a_straight_path_exactly(model, steps):
     torch.testing.assert_close(mel, torch.full_like(mel, target * 2.0 - 5.0), rtol=1e-4, atol=1e-4)
 
 
+def test_steps_are_shorter_near_noise(model):
+    """From t = 1 to t = 0, each step longer than the one before; together they cover the whole time."""
+    seen, moving = [], copy.deepcopy(model)
+
+    def velocity(x, t, *_):
+        seen.append(t[0].item())
+        return torch.ones_like(x)
+    moving.decoder.forward = velocity
+    mel, = sample(moving, ["hello"], steps=8, cfg_scale=1.0)
+    lengths = -np.diff([*seen, 0.0])
+    assert seen[0] == 1 and len(seen) == 8 and (np.diff(lengths) > 0).all() and lengths[0] < 0.02
+    torch.testing.assert_close((mel + 5.0) / 2.0, text_noise("hello", len(mel), 80, 0) - 1.0, rtol=1e-4, atol=1e-4)
+
+
 def test_guidance_mixes_the_two_velocities(model):
     halves = copy.deepcopy(model)  # velocity 1 with the text, 0 without
     halves.decoder.forward = lambda x, *_: torch.cat([torch.ones_like(x[:len(x) // 2]), torch.zeros_like(x[len(x) // 2:])])
