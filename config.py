@@ -116,9 +116,9 @@ class Config:
     eval_num_samples: int = 64
     eval_prompts: str = "val"  # a text file with one prompt per line | val | test | overfit (the training utterances)
     eval_judge: Literal["whisper", "ctc", "none"] = "whisper"  # ctc: trained on the corpus itself; none: wavs only
-    eval_steps: int = 32  # Euler steps
-    eval_cfg_scale: float = 2.0  # 1: no guidance, 0: no text
-    eval_temperature: float = 1.0  # scale of the noise at the start
+    eval_steps: int = 16  # Euler steps
+    eval_cfg_scale: float = 1.5  # 1: no guidance, 0: no text
+    eval_temperature: float = 0.4  # scale of the noise at the start
     eval_batch_size: int = 16
     eval_vocoder: Literal["auto", "bigvgan", "griffinlim"] = "auto"  # auto: bigvgan on CUDA, griffinlim on a CPU
     eval_vocoder_model: str = "nvidia/bigvgan_v2_22khz_80band_fmax8k_256x"  # hub id or local folder

@@ -19,7 +19,7 @@ import audio
 from common import UserError, run_cli
 from config import Config, load_config
 from corpus import SPLITS, Corpus
-from model import byte_tokens, load_tokeniser
+from model import load_tokeniser
 
 STEPS_AHEAD = 4  # for each loader thread
 
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int | None:
         corpus = Corpus(cfg.data_dir, cfg, problems.append)
         if corpus.is_whole:
             corpus.check(problems.append)
-        tokenise = load_tokeniser(cfg)[0] if "--config" in argv else byte_tokens  # of the default, ByT5
+        tokenise, _ = load_tokeniser(cfg)
         crowded = [corpus.ids[i] for split in SPLITS for i in fitting_rows(corpus, split, cfg, tokenise)[1]]
     except UserError as e:  # the check cannot go on
         problems.append(str(e))

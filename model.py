@@ -50,7 +50,7 @@ def load_tokeniser(cfg: Config) -> tuple:
     """A function from text to token ids, and the most tokens that the text encoder reads. Raises UserError."""
     from transformers import AutoConfig, AutoTokenizer
     name = cfg.text_encoder_name
-    if name == "random":
+    if name == "random" or name.startswith("google/byt5-"):
         return byte_tokens, T5_TOKENS
     encoder = from_hub(name, AutoConfig.from_pretrained).get_text_config()
     if encoder.vocab_size == 384 and encoder.model_type == "t5":

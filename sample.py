@@ -72,8 +72,8 @@ def read_texts(model: TTS, texts: list[str], batch_size: int = 16) -> list[tuple
 
 
 @torch.inference_mode()
-def sample(model: TTS, texts: list[str], steps: int = 32, cfg_scale: float = 2.0, seed: int = 0,
-           temperature: float = 1.0, seconds: float | None = None, batch_size: int = 16, attention_maps: list | None = None,
+def sample(model: TTS, texts: list[str], steps: int = 16, cfg_scale: float = 1.5, seed: int = 0,
+           temperature: float = 0.4, seconds: float | None = None, batch_size: int = 16, attention_maps: list | None = None,
            speed: float = 1.0, desc: str | None = None) -> list[torch.Tensor]:
     """The texts as log-mels, each (frames, n_mels) float32 on the CPU.
 

@@ -422,7 +422,7 @@ def test_job_evaluates_with_bigvgan_and_whisper(job):
     summary = json.loads((folder / "summary.json").read_text())
     assert {"step", "ckpt", "prompts", "count", "wer", "cer", "judge", "steps", "cfg_scale", "vocoder"} <= set(summary)
     assert (summary["judge"], summary["vocoder"], summary["count"]) == ("whisper whisper.pt", "bigvgan", 2)
-    assert (summary["step"], summary["steps"], summary["cfg_scale"]) == (4, 2, 2.0)
+    assert (summary["step"], summary["steps"], summary["cfg_scale"]) == (4, 2, 1.5)
     assert summary["prompts"] == "eval/prompts.txt" and Path(summary["ckpt"]) == job["run"] / "ckpt_step_00000004.pt"
 
 

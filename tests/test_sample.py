@@ -77,7 +77,7 @@ def test_steps_are_shorter_near_noise(model):
         seen.append(t[0].item())
         return torch.ones_like(x)
     moving.decoder.forward = velocity
-    mel, = sample(moving, ["hello"], steps=8, cfg_scale=1.0)
+    mel, = sample(moving, ["hello"], steps=8, cfg_scale=1.0, temperature=1.0)
     lengths = -np.diff([*seen, 0.0])
     assert seen[0] == 1 and len(seen) == 8 and (np.diff(lengths) > 0).all() and lengths[0] < 0.02
     torch.testing.assert_close((mel + 5.0) / 2.0, text_noise("hello", len(mel), 80, 0) - 1.0, rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_steps_are_shorter_near_noise(model):
 def test_guidance_mixes_the_two_velocities(model):
     halves = copy.deepcopy(model)  # velocity 1 with the text, 0 without
     halves.decoder.forward = lambda x, *_: torch.cat([torch.ones_like(x[:len(x) // 2]), torch.zeros_like(x[len(x) // 2:])])
-    mel, = sample(halves, ["hello"], steps=4, cfg_scale=3.0)
+    mel, = sample(halves, ["hello"], steps=4, cfg_scale=3.0, temperature=1.0)
     torch.testing.assert_close((mel + 5.0) / 2.0, text_noise("hello", len(mel), 80, 0) - 3.0, rtol=1e-4, atol=1e-4)
 
 
