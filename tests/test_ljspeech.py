@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+import yaml
 from conftest import ROOT
 from ljspeech import prepare  # data/ljspeech/prepare.py
 from ljspeech_parts import RATE
@@ -32,6 +33,7 @@ import train
 from common import UserError
 from config import Config
 from corpus import Corpus, hash_splits, write_corpus
+from eval.ctc import fingerprint
 from eval.judge import WhisperJudge
 from model import load_text_encoder
 
@@ -407,11 +409,18 @@ def test_job_logs_what_the_design_says(job):
     assert "step 4/4" in job["stdout"]
 
 
+def weights_digest(job) -> str:
+    """The end of the judge's name, which tells Whisper models with other weights apart."""
+    config = yaml.safe_load((job["run"] / "config.yaml").read_text())
+    return fingerprint(WhisperJudge(config["eval_whisper_model"], "cpu").model)
+
+
 @pytest.mark.slow
 def test_job_evaluates_with_bigvgan_and_whisper(job):
     folder = job["run"] / "eval" / "step_00000004"
     rows = [json.loads(line) for line in (folder / "wer.jsonl").read_text(encoding="utf-8").splitlines()]
-    prompts = (ROOT / "eval" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    corpus = Corpus(str(job["corpus"]), Config())
+    prompts = [corpus.texts[i] for i in corpus.split("val", Config())]
     assert [row["idx"] for row in rows] == [0, 1]
     for row in rows:
         assert set(row) >= {"idx", "audio", "reference", "hypothesis", "wer", "cer", "predicted_seconds"}
@@ -421,14 +430,15 @@ def test_job_evaluates_with_bigvgan_and_whisper(job):
         assert wav.any(), "silence"
     summary = json.loads((folder / "summary.json").read_text())
     assert {"step", "ckpt", "prompts", "count", "wer", "cer", "judge", "steps", "cfg_scale", "vocoder"} <= set(summary)
-    assert (summary["judge"], summary["vocoder"], summary["count"]) == ("whisper whisper.pt", "bigvgan", 2)
+    assert (summary["judge"], summary["vocoder"], summary["count"]) == (f"whisper whisper.pt {weights_digest(job)}", "bigvgan", 2)
     assert (summary["step"], summary["steps"], summary["cfg_scale"]) == (4, 2, 1.5)
-    assert summary["prompts"] == "eval/prompts.txt" and Path(summary["ckpt"]) == job["run"] / "ckpt_step_00000004.pt"
+    assert summary["prompts"] == "val" and summary["vocoded_wer"] is not None and Path(summary["ckpt"]) == job["run"] / "ckpt_step_00000004.pt"
 
 
 @pytest.mark.slow
 def test_checkpoint_leaves_the_frozen_encoder_out(job, weights):
-    assert sorted(p.name for p in job["run"].glob("*.pt")) == ["ckpt_step_00000002.pt", "ckpt_step_00000004.pt", "latest.pt"]
+    assert sorted(p.name for p in job["run"].glob("*.pt")) == ["best.pt", "ckpt_step_00000002.pt", "ckpt_step_00000004.pt",
+                                                                    "latest.pt"]
     ckpt = torch.load(job["run"] / "latest.pt", weights_only=True)
     assert ckpt["step"] == 4 and ckpt["config"]["text_encoder_name"] == str(weights / "byt5")
     for state in (ckpt["model"], ckpt["ema"]):
@@ -455,10 +465,10 @@ def test_checkpoint_speaks_and_is_judged(job, tmp_path, monkeypatch, capsys):
     for name in ("griffin-lim.wav", "big-vgan.wav"):
         wav, rate = soundfile.read(out / name)
         assert rate == RATE and len(wav) > 0 and wav.any()
-    evaluator.main([*ckpt, "--prompts", "eval/prompts.txt", "--num", "2", "--out_dir", str(out / "judged")])
+    evaluator.main([*ckpt, "--prompts", "val", "--num", "2", "--out_dir", str(out / "judged")])
     assert "WER" in capsys.readouterr().out
     summary = json.loads((out / "judged" / "summary.json").read_text())
-    assert (summary["step"], summary["count"], summary["judge"]) == (4, 2, "whisper whisper.pt")
+    assert (summary["step"], summary["count"], summary["judge"]) == (4, 2, f"whisper whisper.pt {weights_digest(job)}")
     # the checkpoint, prompts and seed are those of the evaluation in training, so the speech is the same
     own = job["run"] / "eval" / "step_00000004"
     again, first = ([json.loads(line) for line in (folder / "wer.jsonl").read_text().splitlines()] for folder in (out / "judged", own))
