@@ -98,7 +98,7 @@ class Config:
     lr_decay: Literal["linear", "cosine", "constant"] = "linear"  # over max_steps
     min_lr_ratio: float = 0.0  # learning rate at the end of the decay, divided by its peak
     grad_clip: float = 1.0  # 0: off
-    max_skipped_steps: int = 10  # the run ends after so many steps in a row whose loss or gradient is not finite
+    max_skipped_steps: int = 10  # the run ends after so many steps in a row whose gradient is not finite
     ema_decay: float = 0.99  # exponential moving average of the weights, used to evaluate and sample; 0: off
 
     # --- logging and checkpoints

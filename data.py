@@ -30,15 +30,16 @@ def fitting_rows(corpus: Corpus, split: str, cfg: Config, tokenise) -> tuple[np.
     """Indices of a split's utterances of at most block_size frames: those that can be aligned, and those that cannot.
 
     The alignment search gives each token a position. A text in a script of two or three bytes per letter can have more
-    tokens than its speech has positions. Raises UserError if most texts of the split have.
+    tokens than its speech has positions. Raises UserError if most training texts have.
     """
     rows = corpus.split(split, cfg)
     tokens = np.array([len(tokenise(corpus.texts[i])) for i in rows], dtype=np.int64)
     crowded = cfg.alignment_search & (tokens > -(-corpus.frames[rows] // cfg.patch))
-    if 2 * crowded.sum() > len(rows):
-        advice = "set patch: 1" if cfg.patch > 1 else "use a text encoder with fewer tokens, or set alignment_search: false"
-        raise UserError(f"{crowded.sum()} of {len(rows)} texts of {corpus.dir}'s {split} split have more tokens than their "
-                        f"speech has positions (patch = {cfg.patch}: {positions_per_second(cfg):.0f} a second), such as "
+    if split == "train" and 2 * crowded.sum() > len(rows):
+        helps = 2 * (tokens <= corpus.frames[rows]).sum() > len(rows)
+        advice = "set patch: 1" if helps else "use a text encoder with fewer tokens, or set alignment_search: false"
+        raise UserError(f"{crowded.sum()} of {len(rows)} training texts of {corpus.dir} have more tokens than their speech "
+                        f"has positions (patch = {cfg.patch}: {positions_per_second(cfg):.0f} a second), such as "
                         f"{[corpus.ids[i] for i in rows[crowded][:3]]}; {advice}")
     return rows[~crowded], rows[crowded]
 
@@ -177,7 +178,7 @@ class TrainingSteps:
         return [self.corpus.ids[i] for i in self._rows(step)]
 
     def longest(self) -> dict:
-        """This rank's part of a batch of the longest utterances, all with a tail: what needs the most memory."""
+        """This rank's part of a batch of the longest utterances, with tails of silence: what needs the most memory."""
         cfg = dataclasses.replace(self.cfg, silence_prob=1.0 if self.cfg.silence_prob else 0.0)
         rows = self.indices[np.argsort(-self.corpus.frames[self.indices], kind="stable")[:cfg.batch_size]]
         return collate(self.corpus, rank_rows(rows, 0, self.rank, self.world, cfg), cfg, self.tokenise, 0)

@@ -36,8 +36,9 @@ def start_ranks(cfg: Config) -> Ranks:
     if cfg.gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:  # the timeout allows for minutes in which rank 0 trains the ctc judge, or writes to a slow disk
-        dist.init_process_group("nccl" if cfg.gpus else "gloo", timeout=datetime.timedelta(minutes=30))
+    if world > 1:  # the timeout is what rank 0 may need alone to train the ctc judge, which takes a GPU minutes
+        timeout = datetime.timedelta(minutes=30) if cfg.gpus else datetime.timedelta(hours=4)
+        dist.init_process_group("nccl" if cfg.gpus else "gloo", timeout=timeout)
     return Ranks(rank, world, device)
 
 

@@ -25,7 +25,7 @@ from checkpoint import link_checkpoint, load_checkpoint, numbered_checkpoint
 from common import UserError, first_line, make_folder, pick_device, progress, run_cli, tell, warn, write_file
 from config import Config, from_flags, split_flags
 from corpus import Corpus
-from data import training_rows
+from data import fitting_rows, training_rows
 from distributed import Ranks, on_all_ranks
 from eval import measures
 from eval.judge import listen, load_judge
@@ -50,7 +50,8 @@ def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None
     source = cfg.eval_prompts
     if source in ("val", "test", "overfit"):
         corpus = corpus or Corpus(cfg.data_dir, cfg)
-        rows = training_rows(corpus, cfg, tokenise) if source == "overfit" else corpus.split(source, cfg)
+        overfit = source == "overfit"
+        rows = training_rows(corpus, cfg, tokenise) if overfit else fitting_rows(corpus, source, cfg, tokenise)[0]
         prompts = [(corpus.texts[i], i) for i in rows]
     else:
         try:

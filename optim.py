@@ -68,10 +68,12 @@ def make_optimizers(model, cfg: Config) -> list[torch.optim.Optimizer]:
     encoder = getattr(model.text_encoder, "encoder", None) or model.text_encoder
     blocks = [*model.decoder.blocks, *model.text_blocks, *encoder.children()]
     inside = {m.weight for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)}
-    matrices = [p for p in model.parameters() if p.requires_grad and p in inside]
-    rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
-    groups = [{"params": [p for p in rest if p.ndim == 2]},
-              {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for p in trained.values() if p in inside]
+    rest = {name: p for name, p in trained.items() if p not in inside}
+    decaying = [p for name, p in rest.items() if p.ndim == 2 and name.endswith("weight")]
+    others = [p for name, p in rest.items() if not (p.ndim == 2 and name.endswith("weight"))]
+    groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     fused = {"fused": True} if next(model.parameters()).is_cuda else {}
     return [Muon(matrices, cfg.learning_rate, cfg.weight_decay, cfg.muon_momentum),
             torch.optim.AdamW(groups, lr=cfg.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, **fused)]

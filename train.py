@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 import evaluator
-from checkpoint import last_checkpoint, naming_checkpoint, resume_checkpoint, save_checkpoint
+from checkpoint import last_checkpoint, naming_checkpoint, numbered_checkpoint, resume_checkpoint, save_checkpoint
 from common import UserError, run_cli, tell, write_file
 from config import Config, load_config, to_yaml
 from corpus import Corpus
@@ -59,7 +59,10 @@ def load_model(cfg: Config, ranks: Ranks) -> tuple[Corpus, TTS]:
 
 @torch.no_grad()
 def validation_losses(model: TTS, corpus: Corpus, cfg: Config, ranks: Ranks) -> dict[str, float]:
-    """Losses on the same utterances, noise and times every time, without text dropout or silence tails."""
+    """Losses on the same utterances, noise and times every time, without text dropout or silence tails.
+
+    If training has tails, the predicted duration includes their mean, so the losses of duration and shares do not reach 0.
+    """
     still = dataclasses.replace(cfg, silence_prob=0.0, text_condition_dropout=0.0)
     rows = fitting_rows(corpus, "val", cfg, model.tokenise)[0][:cfg.val_num_samples]
     n, sums = max(1, cfg.batch_size // ranks.world), dict.fromkeys(("flow_loss", "duration_loss", "share_loss"), 0.0)
@@ -87,11 +90,16 @@ def backward(model, batches: list[dict], cfg: Config, ranks: Ranks) -> torch.Ten
 
 
 def try_longest_batch(model, steps: TrainingSteps, cfg: Config, ranks: Ranks) -> None:
-    """Forward and backward of the longest batch, so that want of memory shows now and not hours later. Raises UserError."""
+    """Forward and backward of the longest batch, so that want of memory shows now and not hours later. Raises UserError.
+
+    Twice, because with accumulation the second pass finds the gradients of the first, and beside space for Muon's momentum.
+    """
     batch = steps.longest()
     counts = {"frames": batch["mel_lengths"].sum(), "utterances": torch.tensor(len(batch["mel"]))}
     try:
-        backward(model, [batch | counts], cfg, ranks)
+        momentum = [torch.empty_like(p) for p in model.parameters() if p.requires_grad]
+        backward(model, [batch | counts] * 2, cfg, ranks)
+        del momentum
     except torch.OutOfMemoryError:
         raise UserError(f"the longest {len(batch['mel'])} utterances, {batch['mel'].shape[1]} frames each, do not fit into "
                         f"the memory of {ranks.device}; lower batch_size and leave effective_batch_size = "
@@ -101,7 +109,7 @@ def try_longest_batch(model, steps: TrainingSteps, cfg: Config, ranks: Ranks) ->
 
 def describe_divergence(cfg: Config, steps: TrainingSteps, step: int, in_a_row: int) -> str:
     ids = ", ".join(steps.utterances(step - 1)[:64])
-    return (f"the loss or its gradient was not finite in {in_a_row} steps in a row, the last of them step {step} ({ids}); "
+    return (f"the gradient was not finite in {in_a_row} steps in a row, the last of them step {step} ({ids}); "
             f"the last good checkpoint is {last_checkpoint(Path(cfg.out_dir))}. Lower learning_rate, or look at the corpus: "
             f"python data.py {cfg.data_dir}")
 
@@ -145,7 +153,8 @@ def main(argv: list[str]) -> None:
     if "window" in ckpt:
         window.load(ckpt["window"], ranks)
     train_seconds, skipped, in_a_row = (ckpt.get(k, 0) for k in ("train_seconds", "skipped", "skipped_in_a_row"))
-    saved, tried_step, ckpt = True, step, None  # tried_step: of the newest checkpoint, even if its write failed
+    # tried_step: of the newest checkpoint here, even if its write failed. A run that goes on in a new folder has none
+    saved, tried_step, ckpt = True, step if not step or numbered_checkpoint(out, step).exists() else -1, None
     say(f"{'from step ' + str(step) if step else 'training'} to step {last_step}: {ranks.world} rank(s) on "
         f"{ranks.device.type}, {cfg.effective_batch_size} utterances per step, {steps.steps_per_epoch} steps per epoch, "
         f"in {out}")

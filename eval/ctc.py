@@ -99,7 +99,7 @@ class CTCJudge:
 def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device="cpu") -> None:
     """Train a judge on the training split, measure its floor on the held-out splits, and save it. Raises UserError.
 
-    Without `steps` their number depends on the vocabulary (MANY_WORDS). Two calls give the same judge.
+    Without `steps` their number depends on the vocabulary (MANY_WORDS). On a CPU two calls give the same judge.
     """
     texts = {int(i): normalise_text(corpus.texts[i]) for i in corpus.split("train", cfg)}
     targets = {i: torch.tensor([ALPHABET.index(c) + 1 for c in text]) for i, text in texts.items() if text}
@@ -110,7 +110,7 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device=
     words = len({word for text in texts.values() for word in text.split()})
     steps = steps or (STEPS if words <= MANY_WORDS else max(STEPS, words // 2))
     width = WIDTH if words <= MANY_WORDS else 2 * WIDTH
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):  # not the caller's numbers
         torch.manual_seed(0)
         model = Recogniser(cfg.n_mels, width).to(device)
         opt = torch.optim.AdamW(model.parameters(), lr=PEAK_LR)

@@ -42,10 +42,11 @@ class WhisperJudge:
         texts = []
         for wav in progress(wavs, desc="listening", unit="prompt"):
             wav = audio.resample(wav, cfg.sample_rate, WHISPER_RATE).astype(np.float32)
-            # With timestamps it makes more mistakes (docs/costs.md). One by one: on a CPU a batch is no faster, because the
-            # encoder takes most of the time
+            # With timestamps it makes more mistakes (docs/costs.md), but beyond 30 s they say where the next window begins.
+            # One by one: on a CPU a batch is no faster, because the encoder takes most of the time
             result = self.model.transcribe(wav, fp16=self.model.device.type == "cuda", temperature=0.0,
-                                           condition_on_previous_text=False, without_timestamps=True, **language)
+                                           condition_on_previous_text=False,
+                                           without_timestamps=len(wav) <= 30 * WHISPER_RATE, **language)
             texts.append(result["text"].strip())
         return texts
 

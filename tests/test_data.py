@@ -79,7 +79,7 @@ def test_texts_with_more_tokens_than_positions_are_left_out_counted_and_named(tm
         assert len(data.training_rows(corpus, dataclasses.replace(cfg, **options), byte_tokens)) == 10
     many = [Utterance(u.utt_id, texts["hi_0"] if u.utt_id < "en_5" else u.text, u.split, "") for u in utterances]
     write_corpus(str(tmp_path / "many"), many, speak, Config(), workers=1)
-    with pytest.raises(UserError, match=r"8 of 10 texts .* train split have more tokens .*\(patch = 2: 43 a second\), such as .*set patch: 1"):
+    with pytest.raises(UserError, match=r"8 of 10 training texts .* have more tokens .*\(patch = 2: 43 a second\), such as .*set patch: 1"):
         data.training_rows(Corpus(str(tmp_path / "many"), cfg), cfg, byte_tokens)
     assert data.main([str(tmp_path / "many"), "--patch", "2"]) == 2 and "set patch: 1" in capsys.readouterr().err
 
@@ -144,10 +144,10 @@ def test_ranks_share_a_step_evenly(batch, micros, world):
 
 
 def test_the_longest_batch_needs_the_most_memory(corpus):
-    options = dict(batch_size=4, effective_batch_size=4, silence_prob=0.5, max_silence_sec=0.1)
+    options = dict(batch_size=4, effective_batch_size=4, silence_prob=1e-9, max_silence_sec=0.5)
     longest = steps_of(corpus, **options).longest()
     assert longest["speech_lengths"].tolist() == sorted(corpus.frames[:14])[:-5:-1]
-    assert (longest["mel_lengths"] > longest["speech_lengths"]).any()
+    assert (longest["mel_lengths"] > longest["speech_lengths"]).sum() >= 3  # a tail can have less than one frame
     ranks = [steps_of(corpus, rank, 2, **options).longest() for rank in range(2)]
     assert torch.equal(torch.cat([part["mel_lengths"] for part in ranks]), longest["mel_lengths"])
 

@@ -4,11 +4,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import whisper
 
 from common import UserError
 from config import Config
 from eval import ctc
-from eval.judge import edit_counts, listen, load_judge
+from eval.judge import WhisperJudge, edit_counts, listen, load_judge
 
 CFG = Config(eval_judge="ctc")
 
@@ -34,6 +35,20 @@ def judge_of(saved: dict) -> ctc.CTCJudge:
     model = ctc.Recogniser(80, saved["width"])
     model.load_state_dict(saved["model"])
     return ctc.CTCJudge(model, saved)
+
+
+def test_whisper_writes_timestamps_only_for_long_speech():
+    """It makes fewer mistakes without them, but beyond 30 s it needs them to move its window."""
+    judge, asked = WhisperJudge.__new__(WhisperJudge), []
+    dims = whisper.model.ModelDimensions(80, 1500, 8, 1, 1, 51864, 448, 8, 1, 1)
+    judge.model = whisper.model.Whisper(dims)
+
+    def transcribe(wav, **options):
+        asked.append(options["without_timestamps"])
+        return {"text": " a text "}
+    judge.model.transcribe = transcribe
+    assert judge.transcribe([np.zeros(22050, np.float32), np.zeros(22050 * 31, np.float32)], CFG) == ["a text"] * 2
+    assert asked == [True, False]
 
 
 def test_judges_with_other_weights_have_other_names():

@@ -473,7 +473,7 @@ def test_checkpoint_speaks_and_is_judged(job, tmp_path, monkeypatch, capsys):
     own = job["run"] / "eval" / "step_00000004"
     again, first = ([json.loads(line) for line in (folder / "wer.jsonl").read_text().splitlines()] for folder in (out / "judged", own))
     assert len(again) == len(first) == 2
-    assert all(row.items() >= other.items() for row, other in zip(again, first))  # and the floors, which training leaves out
+    assert all(row.items() >= other.items() for row, other in zip(again, first))
 
 
 # --- what is missing

@@ -4,6 +4,7 @@ python -m pytest tests/test_security.py
 Files and texts from elsewhere run no code. Whatever bytes they hold, reading them succeeds or ends in one clear line.
 """
 import ast
+import contextlib
 import io
 import json
 import os
@@ -31,7 +32,7 @@ from common import UserError
 from config import Config
 from eval import ctc, judge
 from metric import read_metrics
-from model import load_text_encoder
+from model import load_text_encoder, load_tokeniser
 
 # --- the project's own code
 
@@ -163,6 +164,12 @@ def test_code_beside_a_text_encoder_does_not_run_even_if_the_user_says_yes(tmp_p
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(UserError, match="cannot load the text encoder"):
         load_text_encoder(Config(text_encoder_name=str(tmp_path)))
+    with pytest.raises(UserError, match="cannot load the text encoder"):
+        load_tokeniser(Config(text_encoder_name=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.C", None]}, "tokenizer_class": "C"}))
+    with contextlib.suppress(UserError):  # transformers may find another tokenizer for this folder
+        load_tokeniser(Config(text_encoder_name=str(tmp_path)))
     assert not (tmp_path / "ran").exists()
 
 
