@@ -42,11 +42,10 @@ class WhisperJudge:
         texts = []
         for wav in progress(wavs, desc="listening", unit="prompt"):
             wav = audio.resample(wav, cfg.sample_rate, WHISPER_RATE).astype(np.float32)
-            # With timestamps it makes more mistakes (docs/costs.md), but beyond 30 s they say where the next window begins.
-            # One by one: on a CPU a batch is no faster, because the encoder takes most of the time
+            # With timestamps, although some recordings have fewer errors without: if Whisper ends too early, only a timestamp
+            # makes it go on from there (docs/costs.md). One by one: on a CPU a batch is no faster
             result = self.model.transcribe(wav, fp16=self.model.device.type == "cuda", temperature=0.0,
-                                           condition_on_previous_text=False,
-                                           without_timestamps=len(wav) <= 30 * WHISPER_RATE, **language)
+                                           condition_on_previous_text=False, **language)
             texts.append(result["text"].strip())
         return texts
 
