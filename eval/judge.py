@@ -42,8 +42,8 @@ class WhisperJudge:
         texts = []
         for wav in progress(wavs, desc="listening", unit="prompt"):
             wav = audio.resample(wav, cfg.sample_rate, WHISPER_RATE).astype(np.float32)
-            # With timestamps, although some recordings have fewer errors without: if Whisper ends too early, only a timestamp
-            # makes it go on from there (docs/costs.md). One by one: on a CPU a batch is no faster
+            # With timestamps, although most recordings have fewer errors without: if Whisper ends too early, only a
+            # timestamp makes it go on from there (docs/costs.md). One by one: on a CPU a batch is no faster
             result = self.model.transcribe(wav, fp16=self.model.device.type == "cuda", temperature=0.0,
                                            condition_on_previous_text=False, **language)
             texts.append(result["text"].strip())
