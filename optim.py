@@ -11,7 +11,7 @@ from config import Config
 # has the smallest maximal error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). They were
 # found by linear programming on a grid. A matrix divided by its norm has singular values around 1 / sqrt(rows), so a larger
 # one needs four. The usual five quintics end between 0.7 and 1.1 and gave no better speech (records/README.md).
-# The polynomials grow steeply beyond 1, where bfloat16's rounding would carry a matrix of rank 1. MARGIN keeps all below it.
+# The polynomials explode beyond 1, and rounding to bfloat16 can take a matrix of rank 1 there. MARGIN keeps all below 1.
 QUINTICS = {3: ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.594, 0.4107)),
             4: ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978),
                 (2.1895, -1.5672, 0.4079))}
@@ -70,9 +70,8 @@ def make_optimizers(model, cfg: Config) -> list[torch.optim.Optimizer]:
     inside = {m.weight for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in trained.values() if p in inside]
-    rest = {name: p for name, p in trained.items() if p not in inside}
-    decaying = [p for name, p in rest.items() if p.ndim == 2 and name.endswith("weight")]
-    others = [p for name, p in rest.items() if not (p.ndim == 2 and name.endswith("weight"))]
+    decaying = [p for name, p in trained.items() if p not in inside and p.ndim == 2 and name.endswith("weight")]
+    others = [p for p in trained.values() if p not in {*inside, *decaying}]
     groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     fused = {"fused": True} if next(model.parameters()).is_cuda else {}
     return [Muon(matrices, cfg.learning_rate, cfg.weight_decay, cfg.muon_momentum),

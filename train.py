@@ -92,7 +92,8 @@ def backward(model, batches: list[dict], cfg: Config, ranks: Ranks) -> torch.Ten
 def try_longest_batch(model, steps: TrainingSteps, cfg: Config, ranks: Ranks) -> None:
     """Forward and backward of the longest batch, so that want of memory shows now and not hours later. Raises UserError.
 
-    Twice, because with accumulation the second pass finds the gradients of the first, and beside space for Muon's momentum.
+    Two passes, because with accumulation the second one finds memory taken by the gradients of the first. `momentum` takes
+    the memory that Muon's momentum will need.
     """
     batch = steps.longest()
     counts = {"frames": batch["mel_lengths"].sum(), "utterances": torch.tensor(len(batch["mel"]))}

@@ -110,7 +110,8 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device=
     words = len({word for text in texts.values() for word in text.split()})
     steps = steps or (STEPS if words <= MANY_WORDS else max(STEPS, words // 2))
     width = WIDTH if words <= MANY_WORDS else 2 * WIDTH
-    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):  # not the caller's numbers
+    # fork_rng, so that the caller's random numbers do not change
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(0)
         model = Recogniser(cfg.n_mels, width).to(device)
         opt = torch.optim.AdamW(model.parameters(), lr=PEAK_LR)

@@ -72,8 +72,8 @@ def sentences(count: int, seed, without: list[str] = ()) -> list[str]:
 def grammar_utterances(train: int, held_out: int, seed: int) -> list[Utterance]:
     """`train` training sentences, then `held_out` ones, of which the first half is val and the rest test.
 
-    The test sentences come from a generator of their own, without all that the old ones came from: earlier versions chose
-    settings by a test split that went on where val ends.
+    Earlier versions drew the test sentences after those of val, and settings were chosen by them. So these come from a
+    generator of their own, and are none of the sentences that earlier versions had.
     """
     if train < 1 or held_out < 2 or train + held_out > 100_000:
         raise UserError(f"--train {train} --held-out {held_out}: expected at least 1 and 2, and at most 100000 together")
