@@ -153,11 +153,10 @@ fi
 if [ ! -f "$corpus" ]; then
   [ -n "$prepare" ] || die "no corpus at $data_dir, and $config names no prepare_script that would make it"
   needs=$(dirname "$prepare")/requirements.txt  # of this script only
-  mark=.venv/installed_$(cksum < "$needs" 2>/dev/null | tr ' ' _ || true)
-  if [ -f "$needs" ] && [ ! -f "$mark" ]; then
+  if [ -f "$needs" ] && ! cmp -s "$needs" .venv/installed_for_prepare; then
     echo "installing $needs into .venv (once)" >&2
     python -m pip install -q --disable-pip-version-check -r "$needs" || die "pip could not install $needs"
-    touch "$mark"
+    cp "$needs" .venv/installed_for_prepare
   fi
   echo "no corpus at $data_dir yet: running $prepare" >&2
   python "$prepare" --out "$data_dir" ${source_dir:+--source "$source_dir"} ||

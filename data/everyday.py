@@ -179,8 +179,8 @@ SUBJECTS = set("i he she it we they you this that there who everyone someone nob
 DETERMINERS = set("the a an your my his her its our their this that these those him me them us it yourself up down".split())
 RELATIVES = set("who which that whose whom what where when if because as".split())
 NOT_IMPERATIVE = re.compile("(ing|ed|en|ly|s)$|^(" + "|".join("""of in on at to for with by from and or as like all not into
-    under out half such over made found met told left kept held felt thought brought bought lost paid sent built caught taught led
-    heard said spent struck got""".split()) + ")$")
+    under out half such over made found met told left kept held felt thought brought bought lost paid sent built caught
+    taught led heard said spent struck got""".split()) + ")$")
 # Beginnings of words that a corpus for everyone should not have: crude words, slurs, violence, drugs, old-fashioned words
 UNWANTED = re.compile(r"\b(" + "|".join(r"""sex rape rapist whore slut prostitut genital penis vagin breast naked nude nazi
     hitler jew negro nigger darky gypsy homosexual lesbian gay fag bitch bastard damn shit fuck piss fart ass\b arse slave

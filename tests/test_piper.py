@@ -7,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 
-import everyday
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import audio
+import everyday
 from common import UserError
 from config import Config
 from corpus import Corpus
@@ -78,7 +78,7 @@ def test_written_and_spoken_forms():
 def test_phrases_are_no_sentences():
     def found(text):
         return everyday.is_sentence(everyday.words_of(text))
-    for text in ("he closed the door", "the bus was late", "is it raining?", "press the button", "it's late", "who did it?"):
+    for text in ("he closed the door", "the bus was late", "is it raining?", "close the door", "it's late", "who did it?"):
         assert found(text), text
     for text in ("wore a red hat", "the man who was late", "a hateful thing to do", "made the children laugh",
                  "the last man they would choose", "too lazy to wash the dishes", "a walk in the park"):
@@ -105,7 +105,7 @@ def test_the_text_is_what_the_issue_of_a_natural_voice_needs(lines):
     assert len(set(keys)) == len(keys)  # so no two splits share a sentence
     train = {written for split, written, _ in lines if split == "train"}
     assert train >= {f"{letter}{mark}" for letter in everyday.ALPHABET for mark in ("", ".")} | {str(n) for n in range(20)}
-    for _, written, spoken in lines:
+    for _, _, spoken in lines:
         assert len(spoken) <= 12 * everyday.CHARACTERS_A_SECOND and re.fullmatch(r"[A-Za-z ,.'?!;:\"-]+", spoken), spoken
 
 
@@ -218,6 +218,7 @@ def test_the_command_makes_a_corpus_and_a_folder_of_wavs(voice, tmp_path):
 
 # --- run.sh
 
+@pytest.mark.slow
 def test_run_sh_installs_what_the_script_needs(tmp_path):
     """A real pip and a real package, offline. Again only after the file has changed."""
     shutil.copy(ROOT / "run.sh", tmp_path)
