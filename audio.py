@@ -1,4 +1,4 @@
-"""Wav files, BigVGAN's log-mel, normalisation over a corpus, and two vocoders: BigVGAN and Griffin-Lim."""
+"""Wav files, BigVGAN's log-mel, and its normalisation over a corpus."""
 import contextlib
 import functools
 import math
@@ -109,17 +109,31 @@ def filterbank(sample_rate, n_fft, n_mels, f_min, f_max, device) -> torch.Tensor
 
 
 @functools.lru_cache(maxsize=16)
+def inverse_filterbank(*fields) -> torch.Tensor:
+    return torch.linalg.pinv(filterbank(*fields))
+
+
+@functools.lru_cache(maxsize=16)
 def hann(win_length, device) -> torch.Tensor:
     return torch.hann_window(win_length, device=device)
 
 
+def basis_fields(cfg: Config, device) -> tuple:
+    return cfg.sample_rate, cfg.n_fft, cfg.n_mels, cfg.f_min, cfg.f_max, str(device)
+
+
 def mel_basis(cfg: Config, device) -> torch.Tensor:
     """Slaney-normalised mel filterbank (n_mels, n_fft // 2 + 1)."""
-    return filterbank(cfg.sample_rate, cfg.n_fft, cfg.n_mels, cfg.f_min, cfg.f_max, str(device))
+    return filterbank(*basis_fields(cfg, device))
 
 
-def log_mel(wav: torch.Tensor | np.ndarray, cfg: Config) -> torch.Tensor:
-    """BigVGAN's log-mel of a wav (samples,) in [-1, 1]: (samples // hop_length, n_mels), natural logarithm.
+def mel_inverse(cfg: Config, device) -> torch.Tensor:
+    """Pseudo-inverse of the mel filterbank (n_fft // 2 + 1, n_mels)."""
+    return inverse_filterbank(*basis_fields(cfg, device))
+
+
+def magnitudes(wav: torch.Tensor | np.ndarray, cfg: Config) -> torch.Tensor:
+    """Magnitudes (bins, samples // hop_length) of a wav (samples,) in [-1, 1], as BigVGAN's log-mel takes them.
 
     A wav shorter than one frame is padded with silence. Raises AudioError for an empty wav.
     """
@@ -134,8 +148,16 @@ def log_mel(wav: torch.Tensor | np.ndarray, cfg: Config) -> torch.Tensor:
     wav = torch.nn.functional.pad(wav[None, None], (pad, pad), mode="reflect")[0, 0]
     spec = torch.stft(wav, cfg.n_fft, hop_length=cfg.hop_length, win_length=cfg.win_length,
                       window=hann(cfg.win_length, str(wav.device)), center=False, return_complex=True)
-    magnitude = torch.sqrt(torch.view_as_real(spec).pow(2).sum(-1) + 1e-9)  # (bins, frames)
-    return torch.log(torch.clamp(mel_basis(cfg, wav.device) @ magnitude[:, :frames], min=CLAMP)).T.contiguous()
+    return torch.sqrt(torch.view_as_real(spec).pow(2).sum(-1) + 1e-9)[:, :frames]
+
+
+def log_mel(wav: torch.Tensor | np.ndarray, cfg: Config) -> torch.Tensor:
+    """BigVGAN's log-mel of a wav (samples,) in [-1, 1]: (samples // hop_length, n_mels), natural logarithm.
+
+    A wav shorter than one frame is padded with silence. Raises AudioError for an empty wav.
+    """
+    magnitude = magnitudes(wav, cfg)
+    return torch.log(torch.clamp(mel_basis(cfg, magnitude.device) @ magnitude, min=CLAMP)).T.contiguous()
 
 
 def log_mel_range(cfg: Config) -> tuple[np.float16, np.float16]:
@@ -156,103 +178,3 @@ def normalise(log_mels, cfg: Config):
 def denormalise(mels, cfg: Config):
     """The inverse of `normalise`."""
     return mels * cfg.mel_std + cfg.mel_mean
-
-
-# --- vocoders
-
-def griffin_lim(log_mels: torch.Tensor, cfg: Config, iterations: int = 32, momentum: float = 0.99) -> np.ndarray:
-    """Log-mel (frames, n_mels) to a wav (frames · hop_length,) by fast Griffin-Lim.
-
-    The pseudo-inverse of the mel filterbank, clamped at zero, gives the magnitudes. The momentum follows Perraudin, Balazs
-    and Søndergaard, "A fast Griffin-Lim algorithm" (2013). The random start is fixed, so equal log-mels give equal wavs.
-    """
-    basis = mel_basis(cfg, log_mels.device)
-    magnitude = (torch.linalg.pinv(basis) @ log_mels.float().T.exp()).clamp(min=0)  # (bins, frames)
-    # log_mel's frames lie half a hop later than those of a centred STFT. Two extra frames let short input through.
-    magnitude = torch.nn.functional.pad(magnitude, (0, 2))
-    stft = dict(n_fft=cfg.n_fft, hop_length=cfg.hop_length, win_length=cfg.win_length,
-                window=hann(cfg.win_length, str(log_mels.device)), center=True)
-    generator = torch.Generator().manual_seed(0)
-    angle = torch.rand(magnitude.shape, generator=generator).to(magnitude.device) * (2 * np.pi)
-    phase, previous = torch.polar(torch.ones_like(angle), angle), torch.zeros((), dtype=torch.complex64)
-    previous = previous.to(magnitude.device)
-    for _ in range(iterations):
-        rebuilt = torch.stft(torch.istft(magnitude * phase, **stft), return_complex=True, pad_mode="constant", **stft)
-        phase = rebuilt - momentum / (1 + momentum) * previous
-        phase = phase / (phase.abs() + 1e-16)
-        previous = rebuilt
-    wav = torch.istft(magnitude * phase, **stft)
-    wav = torch.nn.functional.pad(wav, (cfg.hop_length // 2, 0))[:log_mels.shape[0] * cfg.hop_length]
-    return wav.cpu().numpy()
-
-
-def bigvgan_folder(model: str) -> str:
-    """The folder of a BigVGAN: `model` itself, or the download of that hub id. Raises UserError if it cannot be had."""
-    folder = model
-    if not os.path.isdir(folder):
-        try:
-            from huggingface_hub import snapshot_download
-            folder = snapshot_download(model, allow_patterns=["config.json", "bigvgan_generator.pt"])
-        except Exception as e:  # offline, unknown id, gated, cut off: the hub raises many types
-            raise UserError(f"cannot get the vocoder '{model}' from the Hugging Face hub ({type(e).__name__}). Download "
-                            f"config.json and bigvgan_generator.pt (450 MB) of https://huggingface.co/{model} into a "
-                            "folder and name that folder, or use the griffinlim vocoder") from None
-    for name in ("config.json", "bigvgan_generator.pt"):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(f"vocoder folder {folder} has no {name}; expected config.json and bigvgan_generator.pt")
-    return folder
-
-
-def load_bigvgan(model: str, device, cfg: Config):
-    """BigVGAN's generator from a hub id, or from a folder with config.json and bigvgan_generator.pt.
-
-    Built from BigVGAN's class, because its from_pretrained fails under huggingface_hub >= 1. Raises UserError if a part is
-    missing or damaged, or if its log-mel differs from `cfg`'s.
-    """
-    try:
-        import bigvgan
-    except ImportError as e:
-        raise UserError(f"the BigVGAN vocoder needs a package that is not installed ({e.name}): "
-                        "pip install --no-deps bigvgan==2.4.1, or use the griffinlim vocoder") from None
-    folder = bigvgan_folder(model)
-    try:
-        h = bigvgan.bigvgan.load_hparams_from_json(os.path.join(folder, "config.json"))
-        theirs = dict(sample_rate=h.sampling_rate, n_fft=h.n_fft, hop_length=h.hop_size, win_length=h.win_size,
-                      n_mels=h.num_mels, f_min=h.fmin, f_max=h.fmax or h.sampling_rate / 2)
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{folder}/config.json is not a BigVGAN config ({e}); download it again") from None
-    wrong = [f"{k} {v} (config: {getattr(cfg, k)})" for k, v in theirs.items() if v != getattr(cfg, k)]
-    if wrong:
-        raise UserError(f"vocoder {model} expects another log-mel than the config's: {', '.join(wrong)}")
-    try:
-        generator = bigvgan.BigVGAN(h)
-        state = torch.load(os.path.join(folder, "bigvgan_generator.pt"), map_location="cpu", weights_only=True)["generator"]
-        if not any(key.endswith(("weight_g", "original0")) for key in state):  # saved without weight norm
-            generator.remove_weight_norm()
-            generator.load_state_dict(state)
-        else:
-            generator.load_state_dict(state)
-            generator.remove_weight_norm()
-    except Exception as e:  # torch and pickle raise many types
-        raise UserError(f"{folder} does not hold the config.json and weights of a BigVGAN ({type(e).__name__})") from None
-    return generator.eval().requires_grad_(False).to(device)
-
-
-def vocoder_kind(kind: str, device) -> str:
-    """`kind`, with auto resolved: bigvgan on a GPU, griffinlim on a CPU."""
-    return kind if kind != "auto" else "bigvgan" if torch.device(device).type == "cuda" else "griffinlim"
-
-
-def load_vocoder(kind: str, model: str, device, cfg: Config):
-    """A function from a log-mel (frames, n_mels) tensor to a wav (frames · hop_length,) float32 array.
-
-    `kind` is bigvgan, griffinlim or auto; `model` is BigVGAN's hub id or folder. Raises UserError.
-    """
-    if vocoder_kind(kind, device) == "griffinlim":
-        return lambda mel: griffin_lim(mel.to(device), cfg)
-    generator = load_bigvgan(model, device, cfg)
-
-    @torch.inference_mode()
-    def bigvgan_vocode(mel):
-        return generator(mel.float().to(device).T[None])[0, 0].cpu().numpy()
-    return bigvgan_vocode

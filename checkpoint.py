@@ -14,6 +14,7 @@ import torch
 from common import UserError, first_line, replacing
 from config import Config, field_name, load_yaml, parse_value, to_yaml, validate
 from model import TTS, load_tts
+from vocoder import LEARNED, find_learned
 
 # Fields that may change when a run is resumed; so may all eval_ fields
 FREE_TO_CHANGE = ("run_name out_dir resume gpus nproc dtype compile data_dir prepare_script loader_threads batch_size "
@@ -61,9 +62,13 @@ def checkpoint_config(ckpt: dict, path: str) -> Config:
 
 
 def load_checkpoint(path: str, device) -> tuple[TTS, dict]:
-    """The model of a checkpoint, with its averaged weights if it has them, ready to sample; and the checkpoint."""
+    """The model of a checkpoint, with its averaged weights if it has them, ready to sample; and the checkpoint.
+
+    Its config's out_dir is the checkpoint's folder, wherever that is now, because a vocoder may lie there.
+    """
     ckpt = read_checkpoint(path)
     model = load_tts(checkpoint_config(ckpt, path), ckpt["model"], ckpt.get("ema"))
+    model.cfg.out_dir = str(path if os.path.isdir(path) else Path(path).parent)
     return model.eval().to(device), ckpt
 
 
@@ -158,7 +163,8 @@ def resume_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, corpus: st
 # --- folders for sharing
 
 def export(model: TTS, step: int, folder: str, characters: str = "") -> None:
-    """Write the parts of a checkpoint that sampling needs: model.safetensors, config.yaml and corpus.json.
+    """Write the parts of a checkpoint that sampling needs: model.safetensors, config.yaml and corpus.json; and the learned
+    vocoder if there is one. The weights are in half precision.
 
     A pretrained text encoder that was not trained is left out: it is loaded again by its name. `characters` are those of the
     corpus's texts. Raises UserError.
@@ -166,13 +172,15 @@ def export(model: TTS, step: int, folder: str, characters: str = "") -> None:
     cfg, state = model.cfg, model.saved_state()
     if os.path.exists(folder):
         raise UserError(f"{folder} exists already; name another folder to export to, or delete it")
-    weights = safetensors.torch.save(state)
+    weights, learned = safetensors.torch.save({name: weight.half() for name, weight in state.items()}), find_learned(cfg)
     about = {"step": step, "mel_mean": cfg.mel_mean, "mel_std": cfg.mel_std, "characters": characters,
              "model_sha256": hashlib.sha256(weights).hexdigest()}
     with replacing(Path(folder)) as tmp:
         tmp.mkdir(parents=True)
         (tmp / "model.safetensors").write_bytes(weights)
-        (tmp / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+        (tmp / "config.yaml").write_text(to_yaml(dataclasses.replace(cfg, out_dir="")), encoding="utf-8")
+        if learned:
+            (tmp / LEARNED).write_bytes(learned.read_bytes())
         (tmp / "corpus.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
@@ -185,8 +193,8 @@ def read_export(folder: Path) -> dict:
             raise ValueError("model.safetensors does not have the SHA-256 of corpus.json")
         if any(about[name] != config.get(name) for name in ("mel_mean", "mel_std")):
             raise ValueError("mel_mean and mel_std of config.yaml are not those of corpus.json")
-        return {"model": safetensors.torch.load(weights), "config": config, "step": about["step"],
-                "characters": about.get("characters", "")}
+        state = {name: weight.float() for name, weight in safetensors.torch.load(weights).items()}
+        return {"model": state, "config": config, "step": about["step"], "characters": about.get("characters", "")}
     except Exception as e:  # missing files and entries, damaged JSON and safetensors
         raise UserError(f"{folder} is not a folder that sample.py --export wrote, or it is damaged ({type(e).__name__}: "
                         f"{first_line(e)}); for a run's own checkpoint, name its latest.pt") from None

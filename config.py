@@ -120,7 +120,8 @@ class Config:
     eval_cfg_scale: float = 1.5  # 1: no guidance, 0: no text
     eval_temperature: float = 0.4  # scale of the noise at the start
     eval_batch_size: int = 16
-    eval_vocoder: Literal["auto", "bigvgan", "griffinlim"] = "auto"  # auto: bigvgan on CUDA, griffinlim on a CPU
+    # auto: bigvgan on CUDA; on a CPU the learned one where the corpus or the run has it, else griffinlim
+    eval_vocoder: Literal["auto", "bigvgan", "learned", "griffinlim"] = "auto"
     eval_vocoder_model: str = "nvidia/bigvgan_v2_22khz_80band_fmax8k_256x"  # hub id or local folder
     eval_whisper_model: str = "base.en"  # a name, or the path of a local .pt
     eval_whisper_device: str = "auto"  # auto: the rank's device
@@ -129,6 +130,7 @@ class Config:
         self.out_dir = self.out_dir or os.path.join(".artifacts", "local", self.run_name)
 
 
+AUDIO_FIELDS = "sample_rate n_fft hop_length win_length n_mels f_min f_max".split()
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 HINTS = get_type_hints(Config)
 CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}

@@ -2,6 +2,7 @@
 
     mel_shards/shard_000/  logmel.float16.memmap (frames, n_mels), lengths.int32.npy, offsets.int64.npy, meta.json
     metadata/              audio_index.parquet (one row per utterance, in shard order), dataset_stats.json, rejected.jsonl
+    recordings/            <utt_id>.wav of some utterances, to judge them and to train a vocoder (optional)
 
 Check one with `python data.py DIR`.
 """
@@ -25,11 +26,11 @@ import pyarrow.parquet as pq
 import torch
 
 import audio
-from common import UserError, first_line, progress, remove, replacing
-from config import Config
+from common import UserError, first_line, make_folder, progress, remove, replacing
+from config import AUDIO_FIELDS, Config
 
-AUDIO_FIELDS = "sample_rate n_fft hop_length win_length n_mels f_min f_max".split()
 FRAMES_FILE = "logmel.float16.memmap"
+RECORDINGS = "recordings"  # the folder of kept wavs
 INDEX = pa.schema([("utt_id", pa.string()), ("text", pa.string()), ("split", pa.string()), ("duration_sec", pa.float64()),
                    ("num_frames", pa.int64()), ("shard", pa.int64()), ("row", pa.int64())])
 SPLITS = ("train", "val", "test")
@@ -61,13 +62,13 @@ def hash_splits(ids: list[str], val: int = 100, test: int = 500) -> dict[str, st
 
 # --- extraction, in worker processes
 
-_worker = {}  # the read function and the config of this process
+_worker = {}  # of this process: the read function, the config, and the paths of the wavs to keep, by utterance
 
 
-def _start_worker(read, cfg):
+def _start_worker(read, cfg, kept):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     torch.set_num_threads(1)
-    _worker.update(read=read, cfg=cfg)
+    _worker.update(read=read, cfg=cfg, kept=kept)
 
 
 def _extract(utt: Utterance) -> np.ndarray | str:
@@ -83,20 +84,22 @@ def _extract(utt: Utterance) -> np.ndarray | str:
         low, high = audio.log_mel_range(cfg)
         if not ((mel >= low) & (mel <= high)).all():
             return f"too loud: samples up to {np.abs(wav).max():.3g}, expected them within [-1, 1]"
+        if utt.utt_id in _worker["kept"]:
+            audio.write_wav(_worker["kept"][utt.utt_id], wav, cfg.sample_rate)
         return mel
     except audio.AudioError as e:
         return str(e)
 
 
-def extract_all(utterances: list[Utterance], read, cfg: Config, workers: int | None):
+def extract_all(utterances: list[Utterance], read, cfg: Config, workers: int | None, kept: dict[str, Path]):
     """Yield `_extract` of each utterance, in order, by `workers` processes (None: one per core; 1: this process)."""
     if workers == 1:
-        _worker.update(read=read, cfg=cfg)
+        _worker.update(read=read, cfg=cfg, kept=kept)
         yield from map(_extract, utterances)
         return
     processes = min(workers or os.cpu_count(), max(1, len(utterances)))
     # spawn, because forking a process that has used OpenMP can hang the children
-    with multiprocessing.get_context("spawn").Pool(processes, _start_worker, (read, cfg)) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker, (read, cfg, kept)) as pool:
         results, children = pool.imap(_extract, utterances), set(multiprocessing.active_children())
         for _ in utterances:
             while True:
@@ -169,8 +172,10 @@ def open_partial(out: Path, partial: Path, job: str):
 
 
 def write_corpus(out_dir: str, utterances: list[Utterance], read, cfg: Config, workers: int | None = None,
-                 strict: bool = False, force: bool = False, shard_utts: int = 512) -> dict:
+                 strict: bool = False, force: bool = False, shard_utts: int = 512, recordings: int = 0) -> dict:
     """Turn utterances into a processed corpus at `out_dir`, and return its statistics.
+
+    With `recordings`, keep the wavs of the first so many training utterances, and of val and test, in recordings/.
 
     `read(source, sample_rate)` returns a wav (samples,) or raises AudioError. The work is done in `out_dir`.partial, shard
     by shard. Only a finished corpus gets its name, and an interrupted preparation goes on after its last finished shard.
@@ -183,9 +188,14 @@ def write_corpus(out_dir: str, utterances: list[Utterance], read, cfg: Config, w
         raise UserError(f"utterance id {repeated!r} occurs {count} times; ids must be unique")
     if workers is not None and workers < 1:
         raise UserError(f"workers = {workers}: must be at least 1")
-    job = hashlib.sha256(json.dumps([[getattr(cfg, k) for k in AUDIO_FIELDS], shard_utts,
+    train = [u.utt_id for u in utterances if u.split == "train"]
+    ids = [*train[:recordings], *(u.utt_id for u in utterances if u.split != "train")] if recordings else []
+    kept = {utt_id: partial / RECORDINGS / f"{utt_id}.wav" for utt_id in ids}
+    job = hashlib.sha256(json.dumps([[getattr(cfg, k) for k in AUDIO_FIELDS], shard_utts, recordings,
                                      [dataclasses.astuple(u) for u in utterances]]).encode()).hexdigest()
     with open_partial(out, partial, job):
+        if kept:
+            make_folder(partial / RECORDINGS)
         chunks = [utterances[i:i + shard_utts] for i in range(0, len(utterances), shard_utts)]
         shards = [partial / "mel_shards" / f"shard_{n:03d}" for n in range(len(chunks))]
         # A shard with rejected utterances is made again, because their files may have been repaired
@@ -194,7 +204,7 @@ def write_corpus(out_dir: str, utterances: list[Utterance], read, cfg: Config, w
         if len(todo) < len(shards):
             print(f"resuming: {len(shards) - len(todo)} of {len(shards)} shards are done")
         pending = [u for n in todo for u in chunks[n]]
-        with contextlib.closing(extract_all(pending, read, cfg, workers)) as results, \
+        with contextlib.closing(extract_all(pending, read, cfg, workers, kept)) as results, \
                 progress(total=len(pending), unit="utt", desc=f"preparing {out}", delay=0, leave=True) as bar:
             for n in todo:
                 mels, rows = [], []

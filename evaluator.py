@@ -35,6 +35,7 @@ from metric import Metrics
 from model import TTS, byte_tokens
 from sample import fits, read_pieces, sample
 from text import has_words
+from vocoder import load_vocoder, vocoder_kind
 
 COPIES = 8  # number of recordings that the vocoder copies during training, to hear which faults are the vocoder's
 
@@ -82,7 +83,7 @@ def prepare(cfg: Config, corpus: Corpus, tokenise, ranks: Ranks, evaluated: bool
     """
     prompts = load_prompts(cfg, tokenise, corpus)
     try:
-        audio.load_vocoder(cfg.eval_vocoder, cfg.eval_vocoder_model, ranks.device, cfg)
+        load_vocoder(cfg, ranks.device)
         if ranks.rank == 0:
             load_judge(cfg, ranks.device)
     except UserError as e:
@@ -110,7 +111,7 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ran
         rows = sorted(sum(parts, []), key=lambda row: row["idx"])
     summary = {"step": step, "ckpt": ckpt, "prompts": cfg.eval_prompts, "count": len(rows)} | measures.figures(rows) | facts
     summary |= {"steps": cfg.eval_steps, "cfg_scale": cfg.eval_cfg_scale, "temperature": cfg.eval_temperature,
-                "seed": cfg.seed, "vocoder": audio.vocoder_kind(cfg.eval_vocoder, ranks.device),
+                "seed": cfg.seed, "vocoder": vocoder_kind(cfg, ranks.device),
                 "spoken_seconds": sum(row["predicted_seconds"] for row in rows), "total_seconds": time.time() - start}
     with on_all_ranks(ranks):
         if ranks.rank == 0:
@@ -147,7 +148,7 @@ def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path
     start = time.time()
     mels, attention_maps = speak(model, texts, cfg, None if ranks.rank else "synthesizing")
     sampled = time.time()
-    vocode = audio.load_vocoder(cfg.eval_vocoder, cfg.eval_vocoder_model, ranks.device, cfg)
+    vocode = load_vocoder(cfg, ranks.device)
     wavs["audio"] = [vocode(mel) for mel in progress(mels, desc="vocoding", unit="prompt", disable=ranks.rank > 0)]
     vocoded = time.time()
     wavs["vocoded"] = [vocode(torch.from_numpy(prompt.mel)) if prompt.mel is not None and (floors or i < COPIES) else None

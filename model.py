@@ -351,6 +351,15 @@ class TTS(nn.Module):
         error = (token_mel.gather(1, alignment[..., None].expand(-1, -1, n_mels)) - mel).square().mean(dim=-1)
         return alignment, shares(alignment, lengths, L), cfg.patch * (error * length_mask(lengths, T)).sum()
 
+    def flow(self, batch: dict, text, share, alignment) -> tuple:
+        """The noisy mels x_t of a batch at its times, and the decoder's velocity there, both (B, T, n_mels)."""
+        t = batch["t"][:, None, None]
+        x_t = (1 - t) * batch["mel"] + t * batch["noise"]
+        velocity = self.decoder(x_t, batch["t"], self.condition(text, batch["drop_text"]),
+                                self.token_positions(share, batch["token_lengths"]), batch["mel_lengths"],
+                                batch["token_lengths"], alignment)
+        return x_t, velocity.float()
+
     def forward(self, batch: dict) -> dict:
         """Losses of a batch from `data.collate`, each a scalar: loss (the weighted sum), and flow_loss, duration_loss,
         share_loss, alignment_loss.
@@ -369,10 +378,7 @@ class TTS(nn.Module):
             # Kullback-Leibler divergence: smallest when the predicted shares are the mean of the shares found by the search
             share_loss = (torch.xlogy(share, share) - share * log_share.clamp(min=-1e4)).sum() / utterances
             alignment_loss = distance / frames
-        t = batch["t"][:, None, None]
-        x_t = (1 - t) * batch["mel"] + t * batch["noise"]
-        velocity = self.decoder(x_t, batch["t"], self.condition(text, batch["drop_text"]),
-                                self.token_positions(share, token_lengths), mel_lengths, token_lengths, alignment).float()
+        _, velocity = self.flow(batch, text, share, alignment)
         error = (velocity - (batch["noise"] - batch["mel"])).square().mean(dim=-1)  # (B, T)
         flow_loss = (error * length_mask(mel_lengths, error.shape[1])).sum() / frames
         loss = (cfg.alignment_loss_weight * alignment_loss + flow_loss

@@ -23,15 +23,16 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from audio import denormalise, load_vocoder, wav_stream
+from audio import denormalise, wav_stream
 from checkpoint import export, load_checkpoint
 from common import UserError, make_folder, pick_device, progress, run_cli, tell, warn, write_file
-from config import Config
+from config import CHOICES, Config
 from eval.measures import clearest_head
 from eval.page import write_page
 from eval.picture import mel_png, save_map
 from model import TTS, autocast
 from text import Piece, has_words, read_sentences, split_pieces
+from vocoder import load_vocoder
 
 PLOTTED_SECONDS = 60.0  # of speech, at most, in the picture that --plot writes
 
@@ -177,7 +178,7 @@ def add_voice_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, help="Euler steps; default: the run's eval_steps")
     p.add_argument("--cfg_scale", "--cfg-scale", type=float, help="guidance, 1: none; default: the run's eval_cfg_scale")
     p.add_argument("--temperature", type=float, help="scale of the noise at the start; default: the run's eval_temperature")
-    p.add_argument("--vocoder", default="auto", choices=["auto", "bigvgan", "griffinlim"])
+    p.add_argument("--vocoder", default="auto", choices=CHOICES["eval_vocoder"])
     p.add_argument("--vocoder_model", "--vocoder-model", help="BigVGAN's hub id or folder; default: eval_vocoder_model")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
@@ -190,7 +191,8 @@ def load_voice(args: argparse.Namespace) -> tuple:
     for name in ("steps", "cfg_scale", "temperature"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(cfg, f"eval_{name}"))
-    return model, load_vocoder(args.vocoder, args.vocoder_model or cfg.eval_vocoder_model, device, cfg), ckpt
+    cfg.eval_vocoder, cfg.eval_vocoder_model = args.vocoder, args.vocoder_model or cfg.eval_vocoder_model
+    return model, load_vocoder(cfg, device), ckpt
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from test_model import small_model
 
 import audio
 import evaluator
+import vocoder
 from common import UserError
 from config import Config
 from corpus import Corpus, Utterance, write_corpus
@@ -112,7 +113,7 @@ def test_floors_are_the_judges_errors_on_the_recordings(model, tmp_path, capsys)
     cfg = dataclasses.replace(model.cfg, eval_num_samples=3)
     prompts = load_prompts(cfg)
     for prompt in prompts[:2]:
-        audio.write_wav(tmp_path / f"{prompt.utt_id}.wav", audio.griffin_lim(torch.from_numpy(prompt.mel), cfg), 22050)
+        audio.write_wav(tmp_path / f"{prompt.utt_id}.wav", vocoder.griffin_lim(torch.from_numpy(prompt.mel), cfg), 22050)
     summary = evaluate(model, cfg, [*prompts, *HELLO], tmp_path / "e", ONE, 1, "c", floors=True, recordings=str(tmp_path))
     rows = read_rows(tmp_path / "e")
     for row in rows[:2]:

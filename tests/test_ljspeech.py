@@ -30,6 +30,7 @@ import audio
 import evaluator
 import sample
 import train
+import vocoder
 from common import UserError
 from config import Config
 from corpus import Corpus, hash_splits, write_corpus
@@ -486,7 +487,7 @@ def test_missing_weights(weights, tmp_path):
             load_text_encoder(Config(text_encoder_name=str(folder)))
         assert str(folder) in one_line(caught) and "Download its config.json and weights" in str(caught.value)
         with pytest.raises(UserError) as caught:
-            audio.load_bigvgan(str(folder), "cpu", Config())
+            vocoder.load_bigvgan(str(folder), "cpu", Config())
         assert "config.json and bigvgan_generator.pt" in one_line(caught)
         with pytest.raises(UserError) as caught:
             WhisperJudge(str(folder / "base.en.pt"), "cpu")
@@ -506,16 +507,16 @@ def test_broken_weights(weights, tmp_path):
     assert str(tmp_path / "whisper.pt") in one_line(caught)
     broken = tmp_path / "bigvgan"
     with pytest.raises(UserError) as caught:  # another log-mel than BigVGAN was made for
-        audio.load_bigvgan(str(broken), "cpu", Config(n_mels=100))
+        vocoder.load_bigvgan(str(broken), "cpu", Config(n_mels=100))
     assert "n_mels 80 (config: 100)" in one_line(caught)
     (broken / "bigvgan_generator.pt").write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        audio.load_bigvgan(str(broken), "cpu", Config())
+        vocoder.load_bigvgan(str(broken), "cpu", Config())
     assert str(broken) in one_line(caught)
     for content in ("", "{}"):
         (broken / "config.json").write_text(content)
         with pytest.raises(UserError) as caught:
-            audio.load_bigvgan(str(broken), "cpu", Config())
+            vocoder.load_bigvgan(str(broken), "cpu", Config())
         assert "config.json" in one_line(caught)
 
 

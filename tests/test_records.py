@@ -8,12 +8,13 @@ import torch
 from conftest import ROOT
 
 import evaluator
-from audio import griffin_lim, write_wav
+from audio import write_wav
 from common import UserError
 from config import Config
 from corpus import Corpus
 from eval import ctc
 from records import run as records
+from vocoder import griffin_lim
 
 
 def metrics(*rates):

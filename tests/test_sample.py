@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_model import small_model
 
-import audio
 import evaluator
+import vocoder
 from checkpoint import export, load_checkpoint
 from common import UserError
 from config import from_flags
@@ -206,7 +206,7 @@ def test_a_long_text_becomes_one_wav_of_pieces_and_pauses(model, checkpoint, tmp
         expected = []
         for piece in pieces:
             mel, = sample(model, [piece.text], steps=1, seed=take)
-            expected += [audio.griffin_lim(mel, model.cfg), np.zeros(round(piece.pause * 22050))]
+            expected += [vocoder.griffin_lim(mel, model.cfg), np.zeros(round(piece.pause * 22050))]
         wav, _ = soundfile.read(tmp_path / f"x_{take}.wav", dtype="float32")
         np.testing.assert_allclose(wav, np.concatenate(expected[:-1]).clip(-1, 1), atol=0.05)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and "real-time factor" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def averaged_checkpoint(model, tmp_path_factory):
 
 
 def test_an_exported_folder_speaks_as_its_checkpoint_does(model, averaged_checkpoint, tmp_path):
-    """The wavs are equal bit for bit, also from an export of the export. Without the averages they would differ."""
+    """An export differs by its half precision only, and an export of the export not at all. Without the averages much would."""
     raw = torch.load(averaged_checkpoint, weights_only=True) | {"ema": {}}
     torch.save(raw, tmp_path / "raw.pt")
     sample_main(["--ckpt", str(averaged_checkpoint), "--export", str(tmp_path / "voice")])
@@ -272,8 +272,9 @@ def test_an_exported_folder_speaks_as_its_checkpoint_does(model, averaged_checkp
     for source in (averaged_checkpoint, tmp_path / "voice", tmp_path / "again", tmp_path / "raw.pt"):
         sample_main(["--ckpt", str(source), "--text", "The same text.", "--seed", "5", "--steps", "2", "--seconds", "0.5",
                      "--vocoder", "griffinlim", "--device", "cpu", "--out", str(tmp_path / "x.wav")])
-        wavs.append((tmp_path / "x.wav").read_bytes())
-    assert wavs[0] == wavs[1] == wavs[2] != wavs[3]
+        wavs.append(soundfile.read(tmp_path / "x.wav")[0])
+    assert np.array_equal(wavs[1], wavs[2])
+    assert 50 * np.abs(wavs[1] - wavs[0]).mean() < np.abs(wavs[3] - wavs[0]).mean()
     assert sorted(os.listdir(tmp_path)) == ["again", "raw.pt", "voice", "x.wav"]
     assert sorted(os.listdir(tmp_path / "voice")) == ["config.yaml", "corpus.json", "model.safetensors"]
     for name in os.listdir(tmp_path / "voice"):
@@ -283,7 +284,7 @@ def test_an_exported_folder_speaks_as_its_checkpoint_does(model, averaged_checkp
     assert from_flags({"config": str(tmp_path / "voice" / "config.yaml")}) == model.cfg
     # the safetensors hold the averages
     weights, ema = load_file(tmp_path / "voice" / "model.safetensors"), torch.load(averaged_checkpoint, weights_only=True)["ema"]
-    assert weights.keys() == ema.keys() and all(torch.equal(weights[k], ema[k]) for k in ema)
+    assert weights.keys() == ema.keys() and all(torch.equal(weights[k], ema[k].half()) for k in ema)
 
 
 @pytest.mark.slow
@@ -293,8 +294,8 @@ def test_the_evaluator_takes_an_exported_folder(averaged_checkpoint, tmp_path):
         evaluator.main(["--ckpt", str(source), "--prompts", str(ROOT / "eval" / "prompts.txt"), "--num", "1", "--eval_steps", "1",
                         "--eval_judge", "none", "--eval_vocoder", "griffinlim", "--device", "cpu"])
         assert json.loads((folder / "eval" / "manual_00000003" / "summary.json").read_text())["step"] == 3
-    a, b = (folder / "eval" / "manual_00000003" / "000000.wav" for folder in (tmp_path / "voice", averaged_checkpoint.parent))
-    assert a.read_bytes() == b.read_bytes()
+    a, b = (soundfile.read(folder / "eval" / "manual_00000003" / "000000.wav")[0] for folder in (tmp_path / "voice", averaged_checkpoint.parent))
+    assert np.corrcoef(a, b)[0, 1] > 0.9  # half precision
 
 
 def test_export_never_overwrites(averaged_checkpoint, tmp_path):
@@ -322,7 +323,7 @@ def test_export_leaves_out_an_encoder_that_its_name_brings_back(tmp_path):
             with torch.no_grad():  # undo small_model's noise: from_pretrained will load what is on disk
                 model.text_encoder.load_state_dict(small_model(text_encoder_name=encoder, train_text_encoder=False, shake=False).text_encoder.state_dict())
         mel, = sample(load_checkpoint(str(folder), "cpu")[0], ["hello"], steps=1)
-        assert torch.equal(mel, sample(model, ["hello"], steps=1)[0])
+        torch.testing.assert_close(mel, sample(model, ["hello"], steps=1)[0], atol=0.02, rtol=0.01)  # half precision
 
 
 def test_averaged_weights_are_the_ones_that_speak(model, tmp_path):

@@ -19,14 +19,15 @@ import torch
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_audio import save_bigvgan
 from test_checkpoint import EDITS, FUZZ, damage, outcome, run_state
+from test_vocoder import save_bigvgan
 from transformers import T5Config, T5EncoderModel
 
 import audio
 import config
 import evaluator
 import sample
+import vocoder
 from checkpoint import load_checkpoint, save_checkpoint
 from common import UserError
 from config import Config
@@ -145,7 +146,7 @@ def test_files_with_code_are_refused_and_the_code_does_not_run(tmp_path, demo_co
         file = tmp_path / "corpus" / "judge_ctc.pt"
     load = {"checkpoint": lambda: load_checkpoint(str(file), "cpu"), "whisper judge": lambda: judge.load_judge(cfg, "cpu"),
             "ctc judge": lambda: ctc.load_ctc_judge(str(tmp_path / "corpus"), cfg), "text encoder": lambda: load_text_encoder(cfg),
-            "vocoder": lambda: audio.load_bigvgan(save_bigvgan(tmp_path / "bigvgan", file.read_bytes()), "cpu", cfg)}[kind]
+            "vocoder": lambda: vocoder.load_bigvgan(save_bigvgan(tmp_path / "bigvgan", file.read_bytes()), "cpu", cfg)}[kind]
     for name, data in (evil_files(ran) | {f"{name} beside": data for name, data in evil_files(ran, {"w": torch.zeros(3)}).items()}).items():
         file.write_bytes(data)
         with pytest.raises(UserError) as e:

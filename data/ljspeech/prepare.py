@@ -12,6 +12,7 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
+import train_vocoder
 from audio import read_wav
 from common import UserError, first_line, make_folder, progress, replacing, run_cli
 from config import Config
@@ -117,7 +118,9 @@ def main(argv: list[str]) -> None:
         if not archive.exists():
             download(args.url, archive, args.sha256)
         unpack(archive, source)
-    write_corpus(args.out, read_metadata(source), read_wav, Config(), args.workers, args.strict, args.force)
+    write_corpus(args.out, read_metadata(source), read_wav, Config(), args.workers, args.strict, args.force,
+                 recordings=train_vocoder.KEPT)
+    train_vocoder.train_on_recordings(args.out, Config())
 
 
 if __name__ == "__main__":

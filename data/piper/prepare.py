@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import audio
+import train_vocoder
 from common import UserError, first_line, make_folder, progress, remove, run_cli, write_file
 from config import Config
 from corpus import Corpus, Utterance, hash_splits, refuse_existing, write_corpus
@@ -179,7 +180,9 @@ def main(argv: list[str]) -> None:
     utterances = [Utterance(i, text, split, f"{i}|{spoken}") for i, (split, text, spoken) in zip(ids, lines)]
     wavs = keep_folder(args.keep_wavs, args.force) if args.keep_wavs else None
     read = functools.partial(read_aloud, voice=voice, seed=args.seed, wavs=wavs)
-    write_corpus(args.out, utterances, read, Config(), args.workers, args.strict, args.force)
+    write_corpus(args.out, utterances, read, Config(), args.workers, args.strict, args.force,
+                 recordings=train_vocoder.KEPT)
+    train_vocoder.train_on_recordings(args.out, Config())
     if wavs:
         finish_folder(args.keep_wavs, args.out, utterances, read, Config())
 

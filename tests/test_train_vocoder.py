@@ -1,0 +1,86 @@
+"""Training the learned vocoder on a corpus's recordings and on a voice's own log-mels."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_model import small_model
+
+import audio
+import train_vocoder
+import vocoder
+from common import UserError
+from config import Config
+from corpus import RECORDINGS, Corpus, Utterance, write_corpus
+from espeak import espeak_wav
+
+CFG = Config()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A corpus of 24 spoken sentences, of which 18 training sentences and the held-out ones keep their recordings."""
+    folder = tmp_path_factory.mktemp("vocoder") / "corpus"
+    texts = [f"The {a} doctor painted the {b} bridge." for a in ("old", "young", "brave", "tired") for b in
+             ("red", "blue", "green", "white", "black", "wooden")]
+    utterances = [Utterance(f"u{n}", text, "val" if n == 22 else "test" if n == 23 else "train", text)
+                  for n, text in enumerate(texts)]
+    write_corpus(str(folder), utterances, espeak_wav, CFG, workers=1, recordings=18, shard_utts=10)
+    return folder
+
+
+def test_a_corpus_keeps_the_recordings_asked_for(corpus):
+    kept = {path.stem for path in (corpus / RECORDINGS).iterdir()}
+    assert kept == {f"u{n}" for n in (*range(18), 22, 23)}
+    opened = Corpus(corpus, CFG)
+    opened.check()  # they are no fault of a corpus
+    mel = audio.log_mel(audio.read_wav(str(corpus / RECORDINGS / "u3.wav"), CFG.sample_rate), CFG).numpy()
+    assert np.abs(mel - opened.mel(3)).mean() < 0.02  # 16 bits
+
+
+def test_training_brings_the_magnitudes_nearer_to_the_recordings(corpus, monkeypatch):
+    monkeypatch.setattr(train_vocoder, "STEPS", 60)
+    monkeypatch.setattr(train_vocoder, "WIDTH", 32)
+    seed = torch.random.get_rng_state()
+    path = train_vocoder.train_on_recordings(str(corpus), CFG)
+    assert torch.equal(seed, torch.random.get_rng_state())
+    assert path == vocoder.find_learned(Config(data_dir=str(corpus), out_dir="/none"))
+    net = vocoder.load_learned(path, "cpu", CFG)
+    wav = audio.read_wav(str(corpus / RECORDINGS / "u22.wav"), CFG.sample_rate)  # not trained on
+    mel, target = audio.log_mel(wav, CFG)[None], audio.magnitudes(wav, CFG).T[None].clamp(min=vocoder.QUIET).log()
+    plain = vocoder.Magnitudes(CFG, 8, 1)
+    errors = [(made(mel, torch.zeros(1, mel.shape[1], vocoder.NOISE)) - target).abs().mean().item() for made in (net, plain)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_voice_gets_a_vocoder_of_its_own(corpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_vocoder, "STEPS", 20)
+    monkeypatch.setattr(train_vocoder, "WIDTH", 32)
+    model = small_model(data_dir=str(corpus), block_size=400, mel_mean=-5.0, mel_std=2.0)
+    path = tmp_path / "run" / "latest.pt"
+    path.parent.mkdir()
+    torch.save({"model": model.saved_state(), "ema": {}, "step": 3, "config": dataclasses.asdict(model.cfg)}, path)
+    found = train_vocoder.train_on_voice(str(path))
+    assert found == path.parent / vocoder.LEARNED and found.read_bytes() != (corpus / vocoder.LEARNED).read_bytes()
+    assert vocoder.find_learned(Config(out_dir=str(path.parent), data_dir=str(corpus))) == found
+
+
+def test_a_voices_own_log_mels_keep_their_frames(corpus):
+    model, opened = small_model(block_size=400, mel_mean=-5.0, mel_std=2.0).eval(), Corpus(corpus, CFG)
+    own = train_vocoder.own_log_mels(model, opened, [3, 0, 5], seed=1)
+    assert set(own) == {0, 3, 5} and all(own[i].shape == opened.mel(i).shape for i in own)
+    again = train_vocoder.own_log_mels(model, opened, [3, 0, 5], seed=1)
+    assert all(torch.equal(own[i], again[i]) for i in own)
+    # a decoder that knows the velocity gives the recordings back
+    model.flow = lambda batch, *_: ((1 - (t := batch["t"][:, None, None])) * batch["mel"] + t * batch["noise"],
+                                    batch["noise"] - batch["mel"])
+    for i, mel in train_vocoder.own_log_mels(model, opened, [3, 0, 5], seed=1).items():
+        np.testing.assert_allclose(mel, opened.mel(i), atol=1e-3)
+
+
+def test_want_of_recordings_is_one_clear_error(corpus, tmp_path):
+    with pytest.raises(UserError, match=r"holds no recording of the training utterances, such as u0.wav; .*--recordings"):
+        train_vocoder.train_on_recordings(str(corpus), CFG, tmp_path)
+    (tmp_path / "u0.wav").write_bytes((corpus / RECORDINGS / "u0.wav").read_bytes())
+    with pytest.raises(UserError, match="1 recordings are longer than 96 frames; the vocoder needs at least 16"):
+        train_vocoder.train_on_recordings(str(corpus), CFG, tmp_path)

@@ -1,0 +1,188 @@
+"""Train the learned vocoder: on a corpus's recordings, then on a voice's own log-mels. Two minutes each on two cores.
+
+    python train_vocoder.py --data_dir data/joe_bigvgan       # from its recordings/; the result lies beside the corpus
+    python train_vocoder.py --ckpt RUN/latest.pt              # then on the voice's log-mels; it lies beside the run
+    python train_vocoder.py --data_dir data/ljspeech_bigvgan --recordings LJSpeech-1.1/wavs
+"""
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import audio
+from checkpoint import load_checkpoint
+from common import UserError, progress, run_cli, tell
+from config import Config
+from corpus import RECORDINGS, Corpus
+from data import collate
+from model import TTS
+from vocoder import LEARNED, NOISE, QUIET, Magnitudes, load_learned, pseudo_inverse, save_learned
+
+KEPT = 400  # training recordings that a prepare script keeps for this: about a quarter of an hour
+WIDTH, BLOCKS = 256, 5
+STEPS, BATCH, FRAMES = 900, 16, 96
+PEAK_LR, CRITIC_LR, WARMUP = 1e-3, 5e-4, 30
+ADVERSARIAL, CRITIC_START = 0.1, 200  # weight of the critic's loss, and the step at which it begins
+BLUR, HISS = (0.8, 0.5), 0.3  # strongest smoothing over time and over bands, and strongest noise, of a blurred log-mel
+
+
+class Critic(nn.Module):
+    """Tells magnitudes of recordings from those of the network, frame by frame with their neighbours (least squares GAN)."""
+
+    def __init__(self, bins: int, width: int = 192):
+        super().__init__()
+        self.inp = nn.Conv1d(2 * bins, width, 3, padding=1)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(3))
+        self.out = nn.Linear(width, 32)
+
+    def forward(self, log_magnitudes, log_mels, cfg: Config):
+        """Log magnitudes (B, T, bins) for log_mels (B, T, n_mels) -> scores (B, T, 32); 1 is a recording, 0 is not."""
+        given = pseudo_inverse(log_mels, cfg).clamp(min=QUIET).log()
+        x = self.inp(torch.cat([log_magnitudes, given], dim=-1).mT / 3 + 1).mT
+        for norm, conv in zip(self.norms, self.convs):
+            x = x + conv(F.leaky_relu(norm(x), 0.1).mT).mT
+        return self.out(F.leaky_relu(x, 0.1))
+
+
+def blur(log_mels: torch.Tensor) -> torch.Tensor:
+    """Log-mels (B, T, n_mels), each smoothed and made noisy at random, as a model's are in its own way."""
+    def strength(most):
+        return most * torch.rand(len(log_mels), 1, 1)
+    x = log_mels
+    for turn, most in zip((lambda m: m.mT, lambda m: m), BLUR):
+        x = torch.lerp(x, turn(F.avg_pool1d(F.pad(turn(log_mels), (1, 1), mode="replicate"), 3, 1)), strength(most))
+    return x + strength(HISS) * torch.randn_like(x)
+
+
+@torch.inference_mode()
+def own_log_mels(model: TTS, corpus: Corpus, rows: list[int], seed: int) -> dict[int, torch.Tensor]:
+    """The model's log-mels (frames, n_mels) of a corpus's utterances, in step with the recordings.
+
+    They are its best guess from a noisy recording, x_t - t v, at times from 0.3 to 0.95. That guess is as smooth as what the
+    model generates, and each frame keeps its place.
+    """
+    still = dataclasses.replace(model.cfg, silence_prob=0.0, text_condition_dropout=0.0)
+    guessed, rows, generator = {}, sorted(rows, key=lambda i: corpus.frames[i]), torch.Generator().manual_seed(seed)
+    for part in progress([rows[start:start + 16] for start in range(0, len(rows), 16)], desc="listening to the voice"):
+        batch = collate(corpus, part, still, model.tokenise, seed)
+        batch["t"] = torch.empty(len(part)).uniform_(0.3, 0.95, generator=generator)
+        text = model.encode(batch["tokens"], batch["token_lengths"])
+        alignment, share, _ = model.search(batch, text)
+        x_t, velocity = model.flow(batch, text, share, alignment)
+        for i, guess in zip(part, x_t - batch["t"][:, None, None] * velocity):
+            guessed[i] = audio.denormalise(guess[:corpus.frames[i]], model.cfg).clone()
+    return guessed
+
+
+def train(net: Magnitudes, pairs: list[tuple], steps: int) -> float:
+    """Train a network on pairs of log-mels (frames, n_mels) and log magnitudes (frames, bins). Returns its mean error.
+
+    A pair may have a third entry, the voice's own log-mel of the recording. A quarter of each batch is blurred. The loss is
+    the mean absolute error of the log magnitudes. That alone gives their median, which sounds dull; a critic asks for the
+    detail that recordings have.
+    """
+    cfg, rng, errors = net.cfg, np.random.default_rng(0), []
+    pairs = [pair for pair in pairs if len(pair[0]) > FRAMES]
+    if len(pairs) < BATCH:
+        raise UserError(f"{len(pairs)} recordings are longer than {FRAMES} frames; the vocoder needs at least {BATCH}")
+    critic = Critic(cfg.n_fft // 2 + 1)
+    opt = torch.optim.AdamW(net.parameters(), betas=(0.8, 0.95))
+    critic_opt = torch.optim.AdamW(critic.parameters(), CRITIC_LR, betas=(0.5, 0.9))
+    for step in progress(range(steps), desc="training the vocoder", unit="step", leave=True):
+        for group in opt.param_groups:
+            group["lr"] = PEAK_LR * min(1, step / WARMUP) * (1 - 0.9 * step / steps)
+        parts = []
+        for pair in (pairs[i] for i in rng.integers(len(pairs), size=BATCH)):
+            start = rng.integers(len(pair[0]) - FRAMES)
+            heard = pair[2] if len(pair) > 2 and len(parts) < BATCH // 2 else pair[0]
+            parts.append((heard[start:start + FRAMES], pair[1][start:start + FRAMES]))
+        given, target = (torch.stack(part) for part in zip(*parts))
+        half = BATCH // 2
+        given = torch.cat([given[:half], blur(given[half:half + half // 2]), given[half + half // 2:]])
+        made = net(given, torch.randn(BATCH, FRAMES, NOISE))
+        error = (made - target).abs().mean()
+        loss = error
+        if step >= min(CRITIC_START, steps // 4):
+            real, fake = critic(target, given, cfg), critic(made.detach(), given, cfg)
+            critic_opt.zero_grad()
+            ((real - 1).square().mean() + fake.square().mean()).backward()
+            critic_opt.step()
+            loss = error + ADVERSARIAL * (critic(made, given, cfg) - 1).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        errors.append(error.item())
+    return float(np.mean(errors[-100:]))
+
+
+def read_pairs(folder: Path, ids: list[str], cfg: Config) -> dict[str, tuple]:
+    """Log-mel and log magnitudes of each <id>.wav that lies in `folder`, by id. Raises UserError if there is none."""
+    pairs = {}
+    for utt_id in progress([i for i in ids if (folder / f"{i}.wav").is_file()], desc=f"reading {folder}"):
+        wav = audio.read_wav(str(folder / f"{utt_id}.wav"), cfg.sample_rate)
+        pairs[utt_id] = audio.log_mel(wav, cfg), audio.magnitudes(wav, cfg).T.clamp(min=QUIET).log()
+    if not pairs:
+        raise UserError(f"{folder} holds no recording of the training utterances, such as {ids[0]}.wav; name their folder "
+                        "with --recordings")
+    return pairs
+
+
+def train_on_recordings(data_dir: str, cfg: Config, recordings: Path | None = None) -> Path:
+    """Train a vocoder on a corpus's recordings, and write it beside the corpus. Returns its path. Raises UserError."""
+    corpus, start = Corpus(data_dir, cfg), time.time()
+    ids = [corpus.ids[i] for i in corpus.split("train", cfg)]
+    pairs = read_pairs(recordings or corpus.dir / RECORDINGS, ids, cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Magnitudes(cfg, WIDTH, BLOCKS)
+        error = train(net, list(pairs.values()), STEPS)
+    path = corpus.dir / LEARNED
+    save_learned(net, path, recordings=len(pairs), steps=STEPS, error=round(error, 4))
+    tell(f"{path}: learned from {len(pairs)} recordings in {time.time() - start:.0f} s; mean error of the log magnitudes "
+         f"{error:.3f}")
+    return path
+
+
+def train_on_voice(ckpt: str, recordings: Path | None = None) -> Path:
+    """Train a voice's vocoder further, on its own log-mels, and write it beside the checkpoint. Raises UserError."""
+    start, (model, _) = time.time(), load_checkpoint(ckpt, "cpu")
+    cfg, folder = model.cfg, Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    corpus = Corpus(cfg.data_dir, cfg)
+    learned = corpus.dir / LEARNED
+    if not learned.is_file():
+        train_on_recordings(cfg.data_dir, cfg, recordings)
+    ids = {corpus.ids[i]: int(i) for i in corpus.split("train", cfg)}
+    pairs = read_pairs(recordings or corpus.dir / RECORDINGS, list(ids), cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        own = own_log_mels(model, corpus, [ids[i] for i in pairs], cfg.seed)
+        net = load_learned(learned, "cpu", cfg).requires_grad_(True).train()
+        error = train(net, [(*pair, own[ids[i]]) for i, pair in pairs.items()], STEPS // 2)
+    save_learned(net, folder / LEARNED, recordings=len(pairs), steps=STEPS // 2, error=round(error, 4), voice=str(ckpt))
+    tell(f"{folder / LEARNED}: learned from {len(pairs)} recordings and the voice in {time.time() - start:.0f} s; mean "
+         f"error of the log magnitudes {error:.3f}")
+    return folder / LEARNED
+
+
+def main(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data_dir", help="a processed corpus of the default log-mel")
+    what.add_argument("--ckpt", help="a checkpoint file; its corpus must be where the config says")
+    p.add_argument("--recordings", type=Path, help="folder with <utt_id>.wav; default: the corpus's recordings/")
+    args = p.parse_args(argv)
+    if args.ckpt:
+        train_on_voice(args.ckpt, args.recordings)
+    else:
+        train_on_recordings(args.data_dir, Config(), args.recordings)
+
+
+if __name__ == "__main__":
+    run_cli(main)
