@@ -284,6 +284,17 @@ def evaluation_folder(path, edits, judge="ctc"):
     return str(path)
 
 
+def test_a_run_chooses_its_judge_once_and_says_if_it_is_another_than_before(model, tmp_path, capsys):
+    cfg = dataclasses.replace(model.cfg, eval_judge="auto", out_dir=str(tmp_path), eval_whisper_model=str(tmp_path / "none.pt"))
+    evaluator.prepare(cfg, Corpus(cfg.data_dir, cfg), model.tokenise, ONE, evaluated=False)
+    assert cfg.eval_judge == "ctc" and "the judge was" not in "".join(capsys.readouterr())
+    (tmp_path / "eval" / "step_00000004").mkdir(parents=True)
+    for before, warned in (("whisper tiny.en", True), (load_judge(cfg, "cpu").name, False)):
+        (tmp_path / "eval" / "step_00000004" / "summary.json").write_text(json.dumps({"judge": before}))
+        evaluator.prepare(cfg, Corpus(cfg.data_dir, cfg), model.tokenise, ONE, evaluated=True)
+        assert ("the judge was whisper tiny.en and is ctc" in "".join(capsys.readouterr())) == warned
+
+
 def test_comparing_naturalness(tmp_path):
     folders = []
     for name, better in (("a", 0.0), ("b", 0.25)):
