@@ -115,7 +115,8 @@ class Config:
     eval_interval: int = 1000  # 0: never
     eval_num_samples: int = 64
     eval_prompts: str = "val"  # a text file with one prompt per line | val | test | overfit (the training utterances)
-    eval_judge: Literal["whisper", "ctc", "none"] = "whisper"  # ctc: trained on the corpus itself; none: wavs only
+    eval_judge: Literal["auto", "whisper", "ctc", "none"] = "whisper"  # ctc: trained on the corpus itself; none: wavs only;
+    # auto: whisper if its model can be loaded when the run starts, else ctc. The run's config.yaml has the choice
     eval_steps: int = 16  # Euler steps
     eval_cfg_scale: float = 1.5  # 1: no guidance, 0: no text
     eval_temperature: float = 0.4  # scale of the noise at the start

@@ -27,8 +27,8 @@ from config import Config, from_flags, split_flags
 from corpus import Corpus
 from data import fitting_rows, training_rows
 from distributed import Ranks, on_all_ranks
-from eval import measures
-from eval.judge import listen, load_judge
+from eval import measures, voice
+from eval.judge import choose_judge, listen, load_judge
 from eval.page import write_page, write_run_page
 from eval.picture import save_map
 from metric import Metrics
@@ -37,7 +37,8 @@ from sample import fits, read_pieces, sample
 from text import has_words
 from vocoder import load_vocoder, vocoder_kind
 
-COPIES = 8  # number of recordings that the vocoder copies during training, to hear which faults are the vocoder's
+COPIES = 8  # number of prompts whose recordings the vocoder copies during training, and whose sound is measured
+# (DNSMOS takes 0.3 s a wav on one core)
 
 
 class Prompt(NamedTuple):
@@ -79,13 +80,22 @@ def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> l
 def prepare(cfg: Config, corpus: Corpus, tokenise, ranks: Ranks, evaluated: bool) -> list[Prompt]:
     """The prompts of a run. Loads vocoder and judge once, so that a missing download is an error now and not hours later.
 
-    If the run was `evaluated` before, only warn: a missing judge should not stop a long training. Raises UserError.
+    An eval_judge of "auto" becomes the judge that was chosen, on all ranks. If the run was `evaluated` before, only warn: a
+    missing judge should not stop a long training. Raises UserError.
     """
+    chosen = [choose_judge(cfg, ranks.device) if ranks.rank == 0 else None]
+    if ranks.world > 1:
+        dist.broadcast_object_list(chosen)
+    cfg.eval_judge = chosen[0]
     prompts = load_prompts(cfg, tokenise, corpus)
     try:
         load_vocoder(cfg, ranks.device)
         if ranks.rank == 0:
-            load_judge(cfg, ranks.device)
+            judge = load_judge(cfg, ranks.device)
+            for path in sorted(Path(cfg.out_dir).glob("eval/step_*/summary.json"))[-1:] if judge else ():
+                if (before := json.loads(path.read_text(encoding="utf-8"))["judge"]) != judge.name:
+                    warn(f"the judge was {before} and is {judge.name} now: error rates from before and after this cannot be "
+                         "compared, nor can best.pt be trusted")
     except UserError as e:
         if not evaluated:
             raise
@@ -94,21 +104,23 @@ def prepare(cfg: Config, corpus: Corpus, tokenise, ranks: Ranks, evaluated: bool
 
 
 def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ranks, step: int, ckpt: str,
-             floors: bool = False, recordings: str | None = None) -> dict:
+             floors: bool = False, recordings: str | None = None, sounds: int = COPIES) -> dict:
     """Synthesize the prompts, judge them, and write wavs, pictures, figures and a page to out_dir. Returns the summary.
 
     With `floors` the judge also hears the prompts' own log-mels through the vocoder, and their files in the folder
-    `recordings`. The ranks share the prompts. An error on one rank is raised on all, so that none waits for another forever.
+    `recordings`. The figures of sound are those of the first `sounds` prompts. The ranks share the prompts. An error on one
+    rank is raised on all, so that none waits for another forever.
     """
     start, out = time.time(), Path(out_dir)
     with on_all_ranks(ranks):
         mine = dict(list(enumerate(prompts))[ranks.rank::ranks.world])  # this rank's prompts by their index
-        rows, facts = evaluate_part(model, cfg, mine, make_folder(out), ranks, floors, recordings)
+        rows, facts = evaluate_part(model, cfg, mine, make_folder(out), ranks, floors, recordings, sounds)
     torch.cuda.empty_cache()  # of the vocoder and the judge
     if ranks.world > 1:
         parts = [None] * ranks.world
         dist.all_gather_object(parts, rows)
         rows = sorted(sum(parts, []), key=lambda row: row["idx"])
+    voice.compare_voices(rows)
     summary = {"step": step, "ckpt": ckpt, "prompts": cfg.eval_prompts, "count": len(rows)} | measures.figures(rows) | facts
     summary |= {"steps": cfg.eval_steps, "cfg_scale": cfg.eval_cfg_scale, "temperature": cfg.eval_temperature,
                 "seed": cfg.seed, "vocoder": vocoder_kind(cfg, ranks.device),
@@ -140,7 +152,7 @@ def speak(model: TTS, texts: list[str], cfg: Config, desc: str | None) -> tuple[
 
 
 def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path, ranks: Ranks, floors: bool,
-                   recordings: str | None) -> tuple[list[dict], dict]:
+                  recordings: str | None, sounds: int) -> tuple[list[dict], dict]:
     """Evaluate one rank's prompts, given by their index. Returns their rows of wer.jsonl, and facts for the summary."""
     texts = [prompt.text for prompt in prompts.values()]
     rows = [{"idx": i, "reference": text} for i, text in zip(prompts, texts)]
@@ -163,16 +175,19 @@ def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path
     for kind in wavs if floors else ["audio"]:
         for row, heard in zip(rows, listen(judge, texts, wavs[kind], cfg, "" if kind == "audio" else f"{kind}_")):
             row.update(heard)
-    for row, prompt, mel, wav, maps in zip(rows, prompts.values(), mels, wavs["audio"], attention_maps):
-        row["predicted_seconds"], row["pieces"] = len(wav) / cfg.sample_rate, len(maps)
+    pairs = [None for _ in rows]  # of generated and recorded frames
+    for n, (row, prompt, mel, maps) in enumerate(zip(rows, prompts.values(), mels, attention_maps)):
+        row["predicted_seconds"], row["pieces"] = len(wavs["audio"][n]) / cfg.sample_rate, len(maps)
         row["alignment_score"] = round(float(np.mean([measures.alignment_scores(of_piece) for of_piece in maps])), 4)
         pictures = {"mel": mel.numpy(), "attention": maps[0]}
         if prompt.mel is not None:
             pictures["recording_mel"] = prompt.mel
             row["utt_id"], row["recording_seconds"] = prompt.utt_id, len(prompt.mel) * cfg.hop_length / cfg.sample_rate
-            row["mcd"] = round(measures.mel_cepstral_distortion(mel.numpy(), prompt.mel), 4)
+            distortion, pairs[n] = measures.mel_cepstral_distortion(mel.numpy(), prompt.mel)
+            row["mcd"] = round(distortion, 4)
         for name, values in pictures.items():
             row[f"{name}_png"] = save_map(out / f"{row['idx']:06d}_{name}.png", values, cfg)
+    voice.measure_sound([row for row in rows if row["idx"] < sounds], wavs, pairs, cfg)  # the first of this rank's rows
     seconds = max(sum(row["predicted_seconds"] for row in rows), 1e-9)  # 0 on a rank without prompts
     return rows, {"judge": judge.name if judge else "none", "judge_floor": judge.floor if judge else None,
                   "sampler_rtf": (sampled - start) / seconds, "vocoder_rtf": (vocoded - sampled) / seconds}
@@ -202,8 +217,9 @@ def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_second
                  if summary[name] is not None}
         if "eval/cer" in rates and summary["cer"] <= metrics.best("eval/cer"):
             metrics.attempt("best.pt", link_checkpoint, numbered, out / "best.pt")
-        metrics.log(step, rates | {"eval/alignment_score": summary["alignment_score"], "time/train_sec": train_seconds,
-                                   "time/eval_sec": summary["total_seconds"]})
+        others = {f"eval/{name}": summary[name] for name in ("alignment_score", *measures.SOUND_NAMES)
+                  if summary[name] is not None}
+        metrics.log(step, rates | others | {"time/train_sec": train_seconds, "time/eval_sec": summary["total_seconds"]})
         metrics.media(step, folder)
         metrics.attempt("the listening page", write_run_page, out)
         shown = ", ".join(f"{name[5:].replace('_', ' ').upper()} {rate:.2%}" for name, rate in rates.items())
@@ -223,14 +239,14 @@ def judge_recordings(cfg: Config, folder: str, device) -> dict:
 
 
 def compare(folder_a: str, folder_b: str) -> str:
-    """A table of two evaluations' error rates and paired differences, on the prompts that both have. Raises UserError."""
+    """A table of two evaluations' figures and paired differences, on the prompts that both have. Raises UserError."""
     parts, judges = [], []
     for folder in (folder_a, folder_b):
         try:
             judges.append(json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))["judge"])
             with open(Path(folder, "wer.jsonl"), encoding="utf-8") as f:
                 rows = [json.loads(line) for line in f]
-            parts.append({row["reference"]: row["edits"] for row in rows if row["edits"]})
+            parts.append({row["reference"]: row for row in rows if row["edits"]})
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"{folder} is not what an evaluation with a judge wrote ({type(e).__name__}: {first_line(e)}); "
                             "expected wer.jsonl and summary.json as evaluator.py writes them") from None
@@ -239,7 +255,7 @@ def compare(folder_a: str, folder_b: str) -> str:
         raise UserError(f"{folder_a} and {folder_b} share no judged prompt; evaluate both on the same --prompts and --num")
     if judges[0] != judges[1]:
         raise UserError(f"{folder_a} was judged by {judges[0]}, {folder_b} by {judges[1]}; evaluate both with one judge")
-    a, b = (np.array([part[text] for text in shared]) for part in parts)
+    a, b = (np.array([part[text]["edits"] for text in shared]) for part in parts)
     lines = [f"A = {folder_a}, B = {folder_b}; {len(shared)} shared prompts, judge {judges[0]}; 95 % intervals, paired", "",
              "| | A | B | B - A |", "|---|---|---|---|"]
     for name, at in (("WER", 0), ("CER", 2)):
@@ -247,6 +263,11 @@ def compare(folder_a: str, folder_b: str) -> str:
         draws = [measures.bootstrap_rates(part[:, at], part[:, at + 1]) for part in (a, b)]
         low, high = measures.interval(draws[1] - draws[0], a[:, at + 1].sum(), differences=True)
         lines.append(f"| {name} | {rate_a:.2%} | {rate_b:.2%} | {rate_b - rate_a:+.2%} ({low:+.2%} to {high:+.2%}) |")
+    rated = [text for text in shared if all(part[text].get("dnsmos") is not None for part in parts)]
+    if rated:
+        a, b = (np.array([part[text]["dnsmos"] for text in rated]) for part in parts)
+        low, high = np.percentile(measures.bootstrap_rates(b - a, np.ones(len(rated))), [2.5, 97.5])
+        lines.append(f"| DNSMOS | {a.mean():.2f} | {b.mean():.2f} | {(b - a).mean():+.2f} ({low:+.2f} to {high:+.2f}) |")
     return "\n".join(lines)
 
 
@@ -268,17 +289,22 @@ def main(argv: list[str]) -> None:
     if path is None and recordings is None:
         raise UserError("--ckpt is missing; expected a checkpoint such as .artifacts/local/demo/latest.pt")
     if path is None:
-        heard = judge_recordings(from_flags(flags), recordings, device)
+        cfg = from_flags(flags)
+        cfg.eval_judge = choose_judge(cfg, device)
+        heard = judge_recordings(cfg, recordings, device)
         print(f"{heard['count']} recordings, judge {heard['judge']}: WER {heard['wer']:.2%}, CER {heard['cer']:.2%}")
         if out_dir:
             write_file(make_folder(out_dir) / "recordings.json", json.dumps(heard))
         return
     model, ckpt = load_checkpoint(path, device)
     cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
+    cfg.eval_judge = choose_judge(cfg, device)
     run = Path(path) if os.path.isdir(path) else Path(path).parent  # an exported folder keeps its own evaluations
     out = Path(out_dir or run / "eval" / f"manual_{ckpt['step']:08d}")
     prompts = load_prompts(cfg, model.tokenise)
-    summary = evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path, True, recordings)
+    if missing := voice.missing_packages():
+        tell(missing)
+    summary = evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path, True, recordings, len(prompts))
     for line in (out / "wer.jsonl").read_text(encoding="utf-8").strip().split("\n")[:8]:
         row = json.loads(line)
         print(f"  {row['reference']}\n    -> {row['hypothesis']}")

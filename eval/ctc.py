@@ -3,6 +3,8 @@
     python eval/ctc.py --config configs/demo.yaml      # train it, save it in the corpus's folder, print its error rates
 
 Seven convolutions on log-mels, trained with CTC. On the grammar corpus: 0.65 M parameters, one minute on two cores.
+On 5.5 hours with 12,406 words: 2.6 M parameters, 5.3 minutes of one core, and a floor of CER 21 %, WER 64 %.
+So with an open vocabulary it is no substitute for Whisper.
 It understands only its corpus's voices. Every evaluation also reports its floor, the error rates on held-out recordings.
 """
 import hashlib
@@ -21,9 +23,11 @@ from corpus import Corpus
 from data import epoch_batches
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789' "  # symbols 1, 2, …; symbol 0 is CTC's blank
-WIDTH, DILATIONS = 128, (1, 2, 4, 1, 2, 4)  # the receptive field is 0.7 s, about two words
-STEPS, BATCH, PEAK_LR = 250, 32, 3e-3
-MANY_WORDS = 1000  # for a corpus with more distinct words the width is doubled, and the steps are half the number of words
+DILATIONS = (1, 2, 4, 1, 2, 4)  # the receptive field is 0.7 s, about two words, and twice that with stride 4
+BATCH, PEAK_LR = 32, 3e-3
+MANY_WORDS = 1000  # a corpus with more distinct words gets the larger recogniser
+WIDTH, STRIDE, STEPS = 128, 2, 250
+LARGE = 256, 4, 1000  # the same of the larger one
 NOISE = 0.3  # standard deviation of the noise added to normalised log-mels in training, against vocoder artefacts
 
 
@@ -47,20 +51,26 @@ class Block(nn.Module):
 
 
 class Recogniser(nn.Module):
-    def __init__(self, n_mels: int, width: int = WIDTH):
+    """Convolutions at one position per `stride` frames, and a symbol per two frames.
+
+    Speech can have more letters than positions at stride 4, so a position has two symbols there.
+    """
+
+    def __init__(self, n_mels: int, width: int = WIDTH, stride: int = STRIDE):
         super().__init__()
-        self.inp = nn.Conv1d(n_mels, width, 5, stride=2, padding=2)
+        self.stride = stride
+        self.inp = nn.Conv1d(n_mels, width, 2 * stride + 1, stride=stride, padding=stride)
         self.blocks = nn.ModuleList(Block(width, d) for d in DILATIONS)
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET) + 1)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, stride // 2 * (len(ALPHABET) + 1))
 
     def forward(self, mels: torch.Tensor, lengths: torch.Tensor):
         """Normalised log-mels (B, T, n_mels), zero beyond lengths, to log-probabilities (B, T / 2, symbols) and lengths."""
-        lengths = (lengths + 1) // 2
+        positions = (lengths + self.stride - 1) // self.stride
         x = self.inp(mels.transpose(1, 2)).transpose(1, 2)
-        mask = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None].float()
+        mask = (torch.arange(x.shape[1], device=x.device) < positions[:, None])[..., None].float()
         for block in self.blocks:
             x = block(x, mask)
-        return self.out(self.norm(x)).log_softmax(-1), lengths
+        return self.out(self.norm(x)).unflatten(2, (-1, len(ALPHABET) + 1)).flatten(1, 2).log_softmax(-1), (lengths + 1) // 2
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -108,12 +118,12 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device=
                         "set eval_judge to whisper or none")
     train, batches, (mean, std) = np.array(list(targets)), [], corpus.mel_stats
     words = len({word for text in texts.values() for word in text.split()})
-    steps = steps or (STEPS if words <= MANY_WORDS else max(STEPS, words // 2))
-    width = WIDTH if words <= MANY_WORDS else 2 * WIDTH
+    width, stride, enough = (WIDTH, STRIDE, STEPS) if words <= MANY_WORDS else LARGE
+    steps = steps or enough
     # fork_rng, so that the caller's random numbers do not change
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(0)
-        model = Recogniser(cfg.n_mels, width).to(device)
+        model = Recogniser(cfg.n_mels, width, stride).to(device)
         opt = torch.optim.AdamW(model.parameters(), lr=PEAK_LR)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, PEAK_LR, total_steps=steps, pct_start=0.15)
         for step in progress(range(steps), desc="training the ctc judge", unit="step", leave=True):
@@ -131,7 +141,8 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device=
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
             schedule.step()
-    saved = {"model": model.cpu().state_dict(), "width": width, "mel_mean": mean, "mel_std": std, "floor": {}}
+    saved = {"model": model.cpu().state_dict(), "width": width, "stride": stride, "mel_mean": mean, "mel_std": std,
+             "floor": {}}
     held_out = np.concatenate([corpus.split(split, cfg) for split in ("val", "test")])
     references = [normalise_text(corpus.texts[i]) for i in held_out]
     hypotheses = CTCJudge(model, saved).transcribe_mels([corpus.mel(i) for i in held_out])
@@ -149,7 +160,7 @@ def load_ctc_judge(data_dir: str, cfg: Config, device="cpu") -> CTCJudge:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change
-            model = Recogniser(cfg.n_mels, saved.get("width", WIDTH))
+            model = Recogniser(cfg.n_mels, saved.get("width", WIDTH), saved.get("stride", STRIDE))
         model.load_state_dict(saved["model"])
         return CTCJudge(model, saved)
     except Exception as e:  # torch, zip and pickle errors of many types

@@ -2,14 +2,15 @@
 
 A judge has transcribe(wavs, cfg), normalise(text), a name, and a floor: its own error rates on recordings, or None.
 """
+import dataclasses
 import os
 
 import jiwer
 import numpy as np
 
 import audio
-from common import UserError, first_line, pick_device, progress
-from config import Config
+from common import UserError, first_line, pick_device, progress, tell
+from config import Config, load_yaml
 from eval.ctc import fingerprint, load_ctc_judge
 
 WHISPER_RATE = 16000  # Hz, of Whisper's input
@@ -50,8 +51,26 @@ class WhisperJudge:
         return texts
 
 
+def choose_judge(cfg: Config, device) -> str:
+    """cfg.eval_judge; for "auto" what the run in cfg.out_dir has chosen, or else whisper if its model loads, or ctc."""
+    if cfg.eval_judge != "auto":
+        return cfg.eval_judge
+    try:
+        chosen = load_yaml(os.path.join(cfg.out_dir, "config.yaml")).get("eval_judge", "auto")
+    except UserError:  # this is not a run, or not yet
+        chosen = "auto"
+    if chosen != "auto":
+        return chosen
+    try:
+        load_judge(dataclasses.replace(cfg, eval_judge="whisper"), device)
+    except UserError as e:
+        tell(f"the judge is ctc, trained on the corpus itself, because {e}")
+        return "ctc"
+    return "whisper"
+
+
 def load_judge(cfg: Config, device):
-    """The judge that cfg.eval_judge names, or None for "none". Raises UserError."""
+    """The judge that cfg.eval_judge names, or None for "none". An "auto" must be chosen before. Raises UserError."""
     if cfg.eval_judge == "whisper":
         name = cfg.eval_whisper_device
         return WhisperJudge(cfg.eval_whisper_model, device if name == "auto" else pick_device(name))

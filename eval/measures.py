@@ -1,6 +1,12 @@
 """What an evaluation computes: alignment scores, mel-cepstral distortion, error rates with intervals, and summaries."""
 import numpy as np
 
+KINDS = {"": "generated", "vocoded_": "recordings' log-mels, vocoded", "recording_": "recordings"}  # by prefix of the names
+SOUND = {"dnsmos": ("DNSMOS, P.808", "{:.2f}"), "dnsmos_overall": ("DNSMOS, overall", "{:.2f}"),
+         "likeness": ("likeness", "{:.3f}"), "f0_mean": ("F0, Hz", "{:.0f}"),
+         "f0_spread": ("F0 spread, semitones", "{:.2f}"), "f0_correlation": ("F0 correlation", "{:.2f}")}  # of voice.py
+SOUND_NAMES = [kind + name for kind in KINDS for name in SOUND]
+
 
 def alignment_scores(attention_maps: np.ndarray) -> np.ndarray:
     """How well attention maps (..., positions, tokens) follow the text in order: scores (...,) in [0, 1].
@@ -33,8 +39,10 @@ def clearest_head(attention_maps: np.ndarray) -> np.ndarray:
     return attention_maps[alignment_scores(attention_maps).argmax()]
 
 
-def mel_cepstral_distortion(log_mel: np.ndarray, recording_log_mel: np.ndarray) -> float:
+def mel_cepstral_distortion(log_mel: np.ndarray, recording_log_mel: np.ndarray) -> tuple[float, np.ndarray]:
     """Mel-cepstral distortion in dB between two log-mels (frames, n_mels), natural logarithm of amplitude.
+
+    Also returns the warping: the pairs (n, 2) of a frame and the recording's frame that corresponds to it.
 
     (10 / ln 10) sqrt(2 Σ (c_d - c'_d)²) over the cepstra 1 to 13 (Kubichek, "Mel-cepstral distance measure for objective
     speech quality assessment", 1993), so loudness (c_0) does not count. It is the mean over the pairs of frames that dynamic
@@ -45,7 +53,7 @@ def mel_cepstral_distortion(log_mel: np.ndarray, recording_log_mel: np.ndarray) 
     from scipy.fft import dct
     cepstra = [dct(np.asarray(m, np.float64), axis=1)[:, 1:14].T / m.shape[1] for m in (log_mel, recording_log_mel)]
     costs, pairs = dtw(*cepstra)  # costs: Euclidean distances, summed along the best warping
-    return float(10 / np.log(10) * np.sqrt(2) * costs[-1, -1] / len(pairs))
+    return float(10 / np.log(10) * np.sqrt(2) * costs[-1, -1] / len(pairs)), pairs
 
 
 def bootstrap_rates(errors: np.ndarray, lengths: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -87,7 +95,7 @@ def figures(rows: list[dict]) -> dict:
     """The figures of a summary, from all rows of wer.jsonl. A figure that no row has data for is None.
 
     duration_error is the mean absolute difference from the recordings' durations, duration_bias the mean difference, both
-    relative. Speaking rates are in characters per second.
+    relative. Speaking rates are in characters per second. Figures of sound are means over the prompts that have them.
     """
     recorded = [row for row in rows if row.get("recording_seconds")]
     difference = np.array([row["predicted_seconds"] / row["recording_seconds"] - 1 for row in recorded])
@@ -99,6 +107,9 @@ def figures(rows: list[dict]) -> dict:
     for name, part, key in (("speaking_rate", rows, "predicted_seconds"),
                             ("recording_speaking_rate", recorded, "recording_seconds")):
         values[name] = sum(len(row["reference"]) for row in part) / sum(row[key] for row in part) if part else None
+    for name in SOUND_NAMES:
+        of_rows = [row[name] for row in rows if row.get(name) is not None]
+        values[name] = float(np.mean(of_rows)) if of_rows else None
     return values
 
 
@@ -110,9 +121,17 @@ def markdown(summary: dict) -> str:
     lines = [f"Step {summary['step']}, {summary['count']} prompts of {summary['prompts']}, {summary['steps']} steps, "
              f"guidance {summary['cfg_scale']:g}, temperature {summary['temperature']:g}, judge {summary['judge']}, vocoder "
              f"{summary['vocoder']}; 95 % intervals.", "", "| speech | WER | CER |", "|---|---|---|"]
-    for kind, speech in (("", "generated"), ("vocoded_", "recordings' log-mels, vocoded"), ("recording_", "recordings")):
+    for kind, speech in KINDS.items():
         if summary[f"{kind}wer"] is not None:
             lines.append(f"| {speech} | {rate(f'{kind}wer')} | {rate(f'{kind}cer')} |")
+    heard = {kind: [summary[kind + name] for name in SOUND] for kind in KINDS}
+    shown = [n for n in range(len(SOUND)) if any(values[n] is not None for values in heard.values())]
+    if shown:
+        labels, forms = zip(*SOUND.values())
+        lines += ["", f"| speech | {' | '.join(labels[n] for n in shown)} |", "|---" * (len(shown) + 1) + "|"]
+        for kind, values in heard.items():
+            cells = ["–" if values[n] is None else forms[n].format(values[n]) for n in shown]
+            lines += [f"| {KINDS[kind]} | {' | '.join(cells)} |"] if set(cells) != {"–"} else []
     lines += ["", "| measure | |", "|---|---|"]
     for name, label, form in (
             ("alignment_score", "alignment score (0 to 1)", "{:.3f}"), ("mcd", "mel-cepstral distortion", "{:.2f} dB"),

@@ -20,15 +20,19 @@ import jinja2
 from rapidfuzz.distance import Levenshtein  # comes with jiwer
 
 from common import UserError, run_cli, warn, write_file
+from eval.measures import SOUND, SOUND_NAMES
 from metric import curve, read_metrics
 
 COLUMNS = {"idx": "#", "text": "Text", "wer": "WER", "cer": "CER", "predicted_seconds": "Predicted, s",
-           "recording_seconds": "Rec., s", "alignment_score": "Alignment score", "mcd": "MCD, dB"}
+           "recording_seconds": "Rec., s", "alignment_score": "Alignment score", "mcd": "MCD, dB", "dnsmos": "DNSMOS",
+           "f0_spread": "F0 spread, st"}
 NUMBERS = ("idx", "wer", "cer", "predicted_seconds", "recording_seconds", "alignment_score", "mcd", "vocoded_wer",
-           "vocoded_cer", "recording_wer", "recording_cer")
+           "vocoded_cer", "recording_wer", "recording_cer", *SOUND_NAMES)
 FILES = ("audio", "vocoded", "recording", "mel_png", "recording_mel_png", "attention_png")
 PANELS = {"flow loss": {"train/flow_loss": "training", "val/flow_loss": "validation"},
-          "error rates": {"eval/wer": "WER", "eval/cer": "CER"}, "alignment score": {"eval/alignment_score": "mean"}}
+          "error rates": {"eval/wer": "WER", "eval/cer": "CER"}, "alignment score": {"eval/alignment_score": "mean"},
+          "DNSMOS, 1 to 5": {"eval/dnsmos": "P.808", "eval/dnsmos_overall": "overall"},
+          "F0 and likeness": {"eval/f0_correlation": "F0 correlation", "eval/likeness": "likeness"}}
 CURVE_POINTS = 400  # of a curve with more points, every second, third, … is shown
 SIMILAR = 0.4  # two words that are less similar (0 to 1) are marked whole, without their common letters
 
@@ -132,7 +136,8 @@ def write_page(folder) -> Path:
     columns = {key: label for key, label in COLUMNS.items() if any(row[key] is not None for row in rows)}
     in_run = folder.parent.name == "eval" and (folder.parents[1] / "metrics.jsonl").is_file()
     write_file(folder / "index.html", TEMPLATES.get_template("page.html.j2").render(
-        rows=rows, columns=columns, summary=summary, in_run=in_run, run=folder.parents[1].name if in_run else folder.name))
+        rows=rows, columns=columns, summary=summary, sound=SOUND, in_run=in_run,
+        run=folder.parents[1].name if in_run else folder.name))
     return folder / "index.html"
 
 

@@ -105,6 +105,23 @@ def test_files_and_figures_of_an_evaluation(model, tmp_path):
     references, hypotheses = ([ctc.normalise_text(row[k]) for row in rows] for k in ("reference", "hypothesis"))
     assert (saved["wer"], saved["cer"]) == (jiwer.wer(references, hypotheses), jiwer.cer(references, hypotheses))
     assert (tmp_path / "index.html").exists() and not list(tmp_path.glob("*.tmp"))
+    assert {"f0_mean", "f0_spread", "recording_f0_mean"} <= saved.keys() and "embedding" not in rows[0]
+
+
+@pytest.mark.slow
+def test_sound_is_measured_on_the_first_prompts_only(model, tmp_path, monkeypatch):
+    """Speech that is a copy of its recording's log-mel has the copy's pitch, which correlates with itself."""
+    monkeypatch.setattr(evaluator, "speak", lambda model, texts, cfg, desc: (
+        [torch.from_numpy(prompt.mel) for prompt in prompts], [[np.eye(9)] for _ in prompts]))
+    t = np.arange(22050) / 22050
+    hum = sum(np.sin(2 * np.pi * 150 * k * t + 2 * k * np.sin(2 * np.pi * t)) / k for k in range(1, 20)).astype(np.float32)
+    prompts = [Prompt("hum", f"hum_{n}", audio.log_mel(0.1 * hum, model.cfg).numpy()) for n in range(3)]
+    cfg = dataclasses.replace(model.cfg, eval_judge="none")
+    summary, rows = evaluate(model, cfg, prompts, tmp_path, ONE, 1, "c", sounds=2), read_rows(tmp_path)
+    assert [("f0_mean" in row, "vocoded_f0_mean" in row) for row in rows] == [(True, True), (True, True), (False, False)]
+    assert summary["f0_mean"] == pytest.approx(150, rel=0.02) and summary["f0_correlation"] > 0.99
+    assert summary["f0_mean"] == np.mean([row["f0_mean"] for row in rows[:2]]) and summary["recording_f0_mean"] is None
+    assert "| F0, Hz |" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.slow
@@ -266,6 +283,27 @@ def evaluation_folder(path, edits, judge="ctc"):
     (path / "summary.json").write_text(json.dumps({"judge": judge}))
     (path / "wer.jsonl").write_text("".join(json.dumps({"reference": text, "edits": e}) + "\n" for text, e in edits.items()))
     return str(path)
+
+
+def test_a_run_chooses_its_judge_once_and_says_if_it_is_another_than_before(model, tmp_path, capsys):
+    cfg = dataclasses.replace(model.cfg, eval_judge="auto", out_dir=str(tmp_path), eval_whisper_model=str(tmp_path / "none.pt"))
+    evaluator.prepare(cfg, Corpus(cfg.data_dir, cfg), model.tokenise, ONE, evaluated=False)
+    assert cfg.eval_judge == "ctc" and "the judge was" not in "".join(capsys.readouterr())
+    (tmp_path / "eval" / "step_00000004").mkdir(parents=True)
+    for before, warned in (("whisper tiny.en", True), (load_judge(cfg, "cpu").name, False)):
+        (tmp_path / "eval" / "step_00000004" / "summary.json").write_text(json.dumps({"judge": before}))
+        evaluator.prepare(cfg, Corpus(cfg.data_dir, cfg), model.tokenise, ONE, evaluated=True)
+        assert ("the judge was whisper tiny.en and is ctc" in "".join(capsys.readouterr())) == warned
+
+
+def test_comparing_naturalness(tmp_path):
+    folders = []
+    for name, better in (("a", 0.0), ("b", 0.25)):
+        folders.append(evaluation_folder(tmp_path / name, {f"prompt {n}": [1, 5, 1, 20] for n in range(9)}))
+        rows = [{"reference": f"prompt {n}", "edits": [1, 5, 1, 20], "dnsmos": 3 + n / 10 + better} for n in range(9)]
+        (tmp_path / name / "wer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| DNSMOS | 3.40 | 3.65 | +0.25 (+0.25 to +0.25) |" in compare(*folders) and "DNSMOS" not in compare(folders[0], evaluation_folder(
+        tmp_path / "c", {"prompt 1": [1, 5, 1, 20]}))
 
 
 def test_comparing_two_evaluations(tmp_path, capsys):

@@ -9,7 +9,7 @@ import whisper
 from common import UserError
 from config import Config
 from eval import ctc
-from eval.judge import WhisperJudge, edit_counts, listen, load_judge
+from eval.judge import WhisperJudge, choose_judge, edit_counts, listen, load_judge
 
 CFG = Config(eval_judge="ctc")
 
@@ -90,3 +90,26 @@ def test_whisper_normaliser_and_refusals(tmp_path):
         with pytest.raises(UserError, match=f"{name}.*eval_whisper_model"):
             load_judge(Config(eval_judge="whisper", eval_whisper_model=name), torch.device("cpu"))
     assert load_judge(dataclasses.replace(CFG, eval_judge="none"), "cpu") is None
+
+
+def test_auto_is_whisper_if_it_loads_and_stays_what_the_run_chose(tmp_path, capsys):
+    weights = whisper.model.Whisper(whisper.model.ModelDimensions(80, 1500, 8, 1, 1, 51864, 448, 8, 1, 1))
+    torch.save({"dims": dataclasses.asdict(weights.dims), "model_state_dict": weights.state_dict()}, tmp_path / "whisper.pt")
+    here = Config(eval_judge="auto", out_dir=str(tmp_path), eval_whisper_model=str(tmp_path / "whisper.pt"))
+    without = dataclasses.replace(here, eval_whisper_model=str(tmp_path / "none.pt"))
+    assert choose_judge(here, torch.device("cpu")) == "whisper" and capsys.readouterr().out == ""
+    assert choose_judge(without, torch.device("cpu")) == "ctc" and "ctc, trained on the corpus itself, because cannot load" in capsys.readouterr().out
+    assert choose_judge(dataclasses.replace(without, eval_judge="none"), "cpu") == "none"
+    for chosen, cfg in (("ctc", here), ("whisper", without)):  # a resumed run keeps its judge, whatever can be loaded now
+        (tmp_path / "config.yaml").write_text(f"eval_judge: {chosen}\n")
+        assert choose_judge(cfg, torch.device("cpu")) == chosen
+
+
+def test_a_position_of_the_large_recogniser_has_two_symbols():
+    """Its symbols have the rate of the small one's, and do not depend on the batch."""
+    model, mels = ctc.Recogniser(80, 16, stride=4).eval(), torch.randn(2, 37, 80)
+    mels[1, 21:] = 0
+    scores, lengths = model(mels, torch.tensor([37, 21]))
+    assert lengths.tolist() == [19, 11] and scores.shape == (2, 20, len(ctc.ALPHABET) + 1)
+    torch.testing.assert_close(model(mels[1:, :21], torch.tensor([21]))[0][0, :11], scores[1, :11], atol=1e-4, rtol=1e-4)
+    assert ctc.Recogniser(80)(mels, torch.tensor([37, 21]))[1].tolist() == [19, 11]

@@ -86,11 +86,13 @@ def test_mel_cepstral_distortion_by_hand():
     """Adding one cosine over the mel bands gives that coefficient. Loudness and tempo do not count."""
     rng, cosine = np.random.default_rng(0), np.cos(np.pi * 3 * (np.arange(80) + 0.5) / 80)
     mel = rng.standard_normal((1, 80)).repeat(6, axis=0)
-    assert mel_cepstral_distortion(mel + 0.2 * cosine, mel) == pytest.approx(10 / np.log(10) * np.sqrt(2) * 0.2)
+    assert mel_cepstral_distortion(mel + 0.2 * cosine, mel)[0] == pytest.approx(10 / np.log(10) * np.sqrt(2) * 0.2)
     moving = np.cumsum(rng.standard_normal((30, 80)), axis=0)
-    assert mel_cepstral_distortion(moving, moving) == mel_cepstral_distortion(moving.repeat(2, axis=0), moving) == 0
-    assert mel_cepstral_distortion(moving - 5, moving) == pytest.approx(0, abs=1e-9)
-    assert mel_cepstral_distortion(moving[::-1], moving) > 1
+    assert mel_cepstral_distortion(moving, moving)[0] == 0
+    distortion, pairs = mel_cepstral_distortion(moving.repeat(2, axis=0), moving)
+    assert distortion == 0 and {(n, n // 2) for n in range(60)} == set(map(tuple, pairs.tolist()))
+    assert mel_cepstral_distortion(moving - 5, moving)[0] == pytest.approx(0, abs=1e-9)
+    assert mel_cepstral_distortion(moving[::-1], moving)[0] > 1
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def evaluation(folder, step=1000, full=True, prompts=PROMPTS, wer=WER, **summary
         if full:
             row |= {"vocoded": f"{n:06d}_vocoded.wav", "recording": f"{n:06d} recording #1.wav", "recording_seconds": SECONDS / 2,
                     "alignment_score": 0.9, "mcd": 5.25 if n else float("nan"), "vocoded_hypothesis": "vocoded", "vocoded_wer": 0.1, "vocoded_cer": 0.05}
+            row |= {"dnsmos": 3.25, "vocoded_dnsmos": 3.5, "likeness": 0.9, "f0_spread": 2.0, "f0_correlation": 0.75} if n < 4 else {}
             for key in ("vocoded", "recording"):
                 tone(folder / row[key], SECONDS / 2)
             for key in ("mel_png", "recording_mel_png", "attention_png"):
@@ -50,7 +51,8 @@ def evaluation(folder, step=1000, full=True, prompts=PROMPTS, wer=WER, **summary
     summary = {"step": step, "ckpt": "latest.pt", "prompts": "val", "count": len(prompts), "wer": 0.4, "cer": 0.0004,
                "judge": "ctc", "judge_floor": {"wer": 0.002, "cer": 0.0003}, "vocoder": "griffinlim"} | summary
     if full:
-        summary |= {"wer_interval": [0.31, 0.52], "vocoded_wer": 0.012, "alignment_score": 0.91, "mcd": 5.3, "duration_error": 0.05}
+        summary |= {"wer_interval": [0.31, 0.52], "vocoded_wer": 0.012, "alignment_score": 0.91, "mcd": 5.3, "duration_error": 0.05,
+                    "dnsmos": 3.21, "vocoded_dnsmos": 3.43, "recording_dnsmos": 3.98, "f0_mean": 101.2, "f0_spread": 2.2}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
 
@@ -356,3 +358,11 @@ def test_light_dark_phone_and_keyboard(browser, run, name):
         seen.add(js(browser, "return document.activeElement.id || document.activeElement.tagName"))
         assert js(browser, "return getComputedStyle(document.activeElement).outlineStyle") != "none"
     assert seen >= ({"prompt", "step", "auto", "BUTTON"} if name == "index.html" else {"find", "failures", "BUTTON"})
+
+
+def test_the_page_shows_the_sound_of_what_has_it(tmp_path):
+    text = page.write_page(evaluation(tmp_path / "full")).read_text(encoding="utf-8")
+    assert "<b>3.21</b>" in text and "vocoder copy: 3.43" in text and "recording: 3.98" in text and "<b>101</b>" in text
+    assert text.count("likeness 0.90") == text.count("corr. 0.75") == 4 and text.count("copy 3.50") == 4
+    bare = page.write_page(evaluation(tmp_path / "bare", full=False)).read_text(encoding="utf-8")
+    assert "DNSMOS" not in bare and "F0" not in bare
