@@ -1,6 +1,6 @@
 """From a corpus to batches: what is trained on, in which order, with which silence, noise, times and text dropout.
 
-    python data.py data/demo_bigvgan --config configs/demo.yaml   # check a corpus: all its problems, or what it holds
+    python data.py data/demo_bigvgan --config configs/grammar.yaml   # check a corpus: all its problems, or what it holds
 
 Everything random about a training sample comes from a generator seeded with (seed, epoch, utterance). So a step's batch is a
 pure function of (config, step), and neither the number of ranks nor a restart changes it.

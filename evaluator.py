@@ -24,7 +24,7 @@ import audio
 from checkpoint import link_checkpoint, load_checkpoint, numbered_checkpoint
 from common import UserError, first_line, make_folder, pick_device, progress, run_cli, tell, warn, write_file
 from config import Config, from_flags, split_flags
-from corpus import Corpus
+from corpus import RECORDINGS, Corpus
 from data import fitting_rows, training_rows
 from distributed import Ranks, on_all_ranks
 from eval import measures, voice
@@ -69,8 +69,12 @@ def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None
 
 
 def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> list[np.ndarray | None]:
-    """Each prompt's <utt_id>.wav in `folder` at cfg.sample_rate, or None. Raises UserError if `folder` has none of them."""
-    paths = [os.path.join(folder, f"{prompt.utt_id}.wav") if folder and prompt.utt_id else "" for prompt in prompts]
+    """Each prompt's <utt_id>.wav in `folder` at cfg.sample_rate, or None. Raises UserError if `folder` has none of them.
+
+    Without a folder they are those that the corpus has kept.
+    """
+    kept = os.path.join(cfg.data_dir, RECORDINGS)
+    paths = [os.path.join(folder or kept, f"{p.utt_id}.wav") if p.utt_id else "" for p in prompts]
     if folder and not any(map(os.path.isfile, paths)):
         names = next((f"such as {p.utt_id}.wav" for p in prompts if p.utt_id), "for the corpus's utterances: --prompts val")
         raise UserError(f"--recordings {folder}: found no prompt's recording; expected files {names}")
@@ -156,7 +160,7 @@ def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path
     """Evaluate one rank's prompts, given by their index. Returns their rows of wer.jsonl, and facts for the summary."""
     texts = [prompt.text for prompt in prompts.values()]
     rows = [{"idx": i, "reference": text} for i, text in zip(prompts, texts)]
-    wavs = {"recording": read_recordings(recordings, list(prompts.values()), cfg)}
+    wavs = {"recording": read_recordings(recordings, list(prompts.values()), cfg) if floors else [None] * len(rows)}
     start = time.time()
     mels, attention_maps = speak(model, texts, cfg, None if ranks.rank else "synthesizing")
     sampled = time.time()

@@ -1,6 +1,6 @@
 """Text to duration and velocity: a text encoder, a duration predictor, and a Transformer that flows noise into log-mels.
 
-    python model.py --config configs/demo.yaml        # parameters by part, FLOPs per frame
+    python model.py --config configs/grammar.yaml        # parameters by part, FLOPs per frame
 
 With x0 a normalised log-mel and x1 Gaussian noise, let x_t = (1 - t) x0 + t x1. The decoder learns the velocity v = x1 - x0,
 given x_t, t and the text (rectified flow, arXiv 2209.03003). Sampling goes from t = 1 (noise) to t = 0 (speech).

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, for one config or for two in turn.
 
-    python eval/bench.py --config configs/demo.yaml --against configs/demo_baseline.yaml
-    for n in 96 192 384; do python eval/bench.py --config configs/demo.yaml --width $n; done    # how the cost grows
+    python eval/bench.py --config configs/grammar.yaml --against configs/grammar_baseline.yaml
+    for n in 96 192 384; do python eval/bench.py --config configs/grammar.yaml --width $n; done    # how the cost grows
     python eval/bench.py --config configs/ljspeech.yaml --data_dir data/demo_bigvgan --text_encoder_name random \
         --text_encoder_width 1472 --text_encoder_layers 12 --text_encoder_heads 16     # of ByT5-small's size
 

@@ -1,6 +1,6 @@
 """The `ctc` judge: a small speech recogniser, trained on the corpus's own recordings. It needs no download.
 
-    python eval/ctc.py --config configs/demo.yaml      # train it, save it in the corpus's folder, print its error rates
+    python eval/ctc.py --config configs/grammar.yaml      # train it, save it in the corpus's folder, print its error rates
 
 Seven convolutions on log-mels, trained with CTC. On the grammar corpus: 0.65 M parameters, one minute on two cores.
 On 5.5 hours with 12,406 words: 2.6 M parameters, 5.3 minutes of one core, and a floor of CER 21 %, WER 64 %.

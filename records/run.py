@@ -37,7 +37,7 @@ class Track(NamedTuple):
 
 
 TRACKS = {
-    "demo-cpu": Track("configs/demo.yaml", "--eval_prompts val --eval_num_samples 128 --eval_judge ctc --eval_vocoder "
+    "demo-cpu": Track("configs/grammar.yaml", "--eval_prompts val --eval_num_samples 128 --eval_judge ctc --eval_vocoder "
                       "griffinlim".split(), 128, "eval/cer", 0.05),
     "ljspeech-gpu": Track("configs/ljspeech.yaml", "--gpus 1 --eval_prompts val --eval_num_samples 100 --eval_judge whisper "
                           "--eval_whisper_model base.en --eval_vocoder bigvgan".split(), 256, "eval/wer", 0.02, True),

@@ -28,7 +28,7 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).resolve().parents[1]
 # Log and validation intervals do not divide the checkpoint interval, so that kills hit runs between two lines of metrics
-TRAIN = ("--config configs/demo.yaml --heads 2 --layers 2 --text_encoder_width 32 --text_encoder_heads 2 "
+TRAIN = ("--config configs/grammar.yaml --heads 2 --layers 2 --text_encoder_width 32 --text_encoder_heads 2 "
          "--text_encoder_layers 1 --effective_batch_size 8 --batch_size 8 --log_interval 3 --val_interval 6 "
          "--val_num_samples 4 --checkpoint_interval 4 --keep_checkpoints 2 --eval_interval 0 --warmup_steps 2 --no_wandb "
          "--resume latest").split()

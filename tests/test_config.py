@@ -257,15 +257,15 @@ def test_the_configs_of_the_repo_are_valid(path):
 # --- the command
 
 def test_the_command_prints_a_config_that_loads_again(tmp_path):
-    argv = ["--config", "configs/demo.yaml", "--learning-rate", "1e-4"]
+    argv = ["--config", "configs/grammar.yaml", "--learning-rate", "1e-4"]
     result = subprocess.run([sys.executable, "config.py", *argv], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and result.stderr == ""
-    expected = config.load_config(["--config", str(ROOT / "configs/demo.yaml"), "--learning_rate", "1e-4"])
+    expected = config.load_config(["--config", str(ROOT / "configs/grammar.yaml"), "--learning_rate", "1e-4"])
     assert config.load_config(["--config", write_yaml(tmp_path, result.stdout)]) == expected
 
 
 def test_the_command_prints_single_values(capsys):
-    config.main(["--config", str(ROOT / "configs/demo.yaml"), "--get", "gpus,data_dir,width"])
+    config.main(["--config", str(ROOT / "configs/grammar.yaml"), "--get", "gpus,data_dir,width"])
     assert capsys.readouterr().out == "0\ndata/demo_bigvgan\n192\n"
 
 

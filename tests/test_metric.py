@@ -252,7 +252,7 @@ def test_a_log_file_has_lines_and_no_control_characters(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_training_shows_its_progress_and_an_evaluation_goes_to_wandb(demo_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    train.main([*"--config configs/demo.yaml --width 32 --heads 2 --layers 1 --text_encoder_width 32 --text_encoder_heads 2 "
+    train.main([*"--config configs/grammar.yaml --width 32 --heads 2 --layers 1 --text_encoder_width 32 --text_encoder_heads 2 "
                 "--text_encoder_layers 1 --effective_batch_size 16 --batch_size 16 --log_interval 1 --val_interval 1 "
                 "--val_num_samples 4 --checkpoint_interval 0 --eval_interval 2 --eval_judge none --eval_steps 1 "
                 "--eval_num_samples 2 --eval_vocoder griffinlim --loader_threads 1 --max_steps 2".split(),

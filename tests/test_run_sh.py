@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from checkpoint import read_checkpoint
 
-SMALL = ("--config configs/demo.yaml --gpus 0 --width 32 --heads 2 --layers 2 --text_encoder_width 32 "
+SMALL = ("--config configs/grammar.yaml --gpus 0 --width 32 --heads 2 --layers 2 --text_encoder_width 32 "
          "--text_encoder_heads 2 --text_encoder_layers 1 --effective_batch_size 8 --batch_size 8 --log_interval 1 "
          "--val_interval 0 --eval_interval 0 --checkpoint_interval 4 --warmup_steps 2 --no_wandb").split()
 STEPS = 12
@@ -114,7 +114,7 @@ def test_mistakes_are_one_line_and_status_2(script, demo_corpus, scontrol, tmp_p
         *((two | {"RDZV_ENDPOINT": wrong}, job, "not host:port") for wrong in ("node07", ":1", "a:b", "a:70000")),
         ({"MAX_RESTARTS": "-1"}, job, "MAX_RESTARTS = -1"), (two | {"MAX_RESTARTS": "x"}, job, "MAX_RESTARTS = x"),
         (two | {"NNODES": "4"}, [*job, "--nproc", "4"], "batch_size = 8 is less than one utterance for each of 16 ranks, 4 on"),
-        (two, [*job, "--data_dir", tmp_path / "none"], "first run once: ./run.sh prepare --config configs/demo.yaml"),
+        (two, [*job, "--data_dir", tmp_path / "none"], "first run once: ./run.sh prepare --config configs/grammar.yaml"),
         (SLURM | {"PATH": scontrol, "SLURM_STEP_NODELIST": "else"}, job, "(bad list); set RDZV_ENDPOINT"),
         *([] if shutil.which("scontrol") else [(SLURM, job, "(command not found); set RDZV_ENDPOINT")]),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "8"}, job, "srun starts 8 run.sh on 2 machine(s)")]

@@ -33,7 +33,7 @@ from model import TTS
 
 slow = pytest.mark.slow
 # 48 training utterances: an epoch of 6 steps. Logs, validation and checkpoints are due at different steps.
-SMALL = (f"--config {ROOT}/configs/demo.yaml --width 32 --heads 2 --layers 1 --text_encoder_width 32 --text_encoder_heads 2 "
+SMALL = (f"--config {ROOT}/configs/grammar.yaml --width 32 --heads 2 --layers 1 --text_encoder_width 32 --text_encoder_heads 2 "
          "--text_encoder_layers 1 --effective_batch_size 8 --batch_size 8 --log_interval 3 --val_interval 5 "
          "--val_num_samples 4 --checkpoint_interval 4 --eval_interval 0 --warmup_steps 2 --no_wandb "
          "--max_steps 16 --keep_checkpoints 9").split()
