@@ -119,6 +119,7 @@ class Config:
     eval_steps: int = 16  # Euler steps
     eval_cfg_scale: float = 1.5  # 1: no guidance, 0: no text
     eval_temperature: float = 0.4  # scale of the noise at the start
+    eval_normalise: bool = True  # write out numbers, abbreviations, … of typed texts in English (normalise.py)
     eval_batch_size: int = 16
     eval_vocoder: Literal["auto", "bigvgan", "griffinlim"] = "auto"  # auto: bigvgan on CUDA, griffinlim on a CPU
     eval_vocoder_model: str = "nvidia/bigvgan_v2_22khz_80band_fmax8k_256x"  # hub id or local folder
