@@ -3,8 +3,8 @@
     python normalise.py 'Dr. Smith paid $45.50.'     # prints: Doctor Smith paid forty-five dollars and fifty cents.
 
 The words are written out for every voice, also if its texts have digits: an English voice can say all words, but a few
-digits in its texts do not teach it all numbers. For another language set eval_normalise: false in the run's config. The characters
-of the voice's texts decide only which other characters are replaced (`fold`).
+digits in its texts do not teach it all numbers. For another language set eval_normalise: false in the run's config. The
+characters of the voice's texts decide only which other characters are replaced (`fold`).
 
 num2words spells the numbers, and the patterns are ours. wetext 0.1.8 was tried first. Of 78 lines it read 15 wrongly, such
 as "$45.50", "1990s" and telephone numbers, and raised an error on two.
@@ -136,14 +136,23 @@ def address(m: re.Match) -> str:
 
 
 def acronym(m: re.Match) -> str:
-    """A word in capitals, in a text that is not all capitals: spelled, unless it can be read as a word."""
+    """A word in capitals, in a text that is not all capitals: spelled, unless it can be read as a word.
+
+    A word is written in small letters, because corpora have few words in capitals.
+    """
     word, ending = m[1].lower(), m[2] or ""
     if word == "ok":
         return "okay" + ending
+    if word in SHORT_WORDS and not ending:
+        return word
     spelled = word in SPELLED or len(word) < 4 or not re.search("[aeiouy]", word)
-    if word in SAID_AS_WORDS or not spelled or (word in SHORT_WORDS and not ending):
-        return m[0]
-    return spell(word) + ending
+    return (spell(word) if spelled and word not in SAID_AS_WORDS else word.capitalize()) + ending
+
+
+def calm(text: str) -> str:
+    """A text in capitals for emphasis in small letters. Only what cannot be a word is spelled."""
+    text = re.sub(r"\b(?:[B-DF-HJ-NP-TV-XZ]{2,}|FBI|CIA|USA|UK|EU|CEO)\b", lambda m: spell(m[0]), text)
+    return re.sub(r"\bi\b", "I", text.lower())
 
 
 # --- what a match becomes
@@ -170,14 +179,12 @@ def clock(m: re.Match) -> str:
     elif not half:
         words += " o'clock" if 1 <= int(hour) <= 12 else " hundred"
     words += f" and {count(str(int(second)), 'second seconds')}" if second else ""
-    return words + (f" {spell(half[0])} em" if half else "") + full_stop(m)
+    return words + (f" {spell(half[0])} em" if half else "") + full_stop(m, rf"(?!{'|'.join(WEEKDAYS + MONTHS)})[A-Z][a-z]")
 
 
-def full_stop(m: re.Match) -> str:
+def full_stop(m: re.Match, next_sentence: str = r"(?:Then|The|He|She|It|We|They|I|But|And|You|This|That)\b") -> str:
     """The full stop of an abbreviation, if a sentence ends with it."""
-    rest = m.string[m.end():]
-    sentence_starts = r"\s+(?:Then|The|He|She|It|We|They|I|But|And|You|This|That)\b"
-    ends = re.fullmatch(r"[\"'”’)\s]*", rest) or re.match(sentence_starts, rest)
+    ends = re.match(rf"[\"'”’)\s]*$|\s+{next_sentence}", m.string[m.end():])
     return "." if m[0].endswith(".") and ends else ""
 
 
@@ -244,6 +251,7 @@ RULES: list[tuple[str, str | Callable]] = [
     (r"\+[0-9]{1,3}(?:[ -]?[0-9]{2,4}){2,4}(?!\w)", telephone),
     (r"(?i)\b((?:zip|code|pin|account|extension)(?: code| number)?(?: is)?) ([0-9]{3,})\b",
      lambda m: f"{m[1]} {digit_by_digit(m[2])}"),
+    (r"_+", " "),
     # dates and times
     (r"(?<![\w/-])(?:([0-9]{4})-([0-9]{1,2})-([0-9]{1,2})|([0-9]{1,2})/([0-9]{1,2})/([0-9]{4}))(?![\w/-])", numeric_date),
     (rf"\b({'|'.join(d[:3] for d in WEEKDAYS)})\.?(?=,? (?:[0-9]|{SOME_MONTH}))",
@@ -294,11 +302,12 @@ RULES: list[tuple[str, str | Callable]] = [
     (rf"(?i)\b((?:{LETTER_FOLLOWS})) ((?-i:A))\b(?! )", lambda m: f"{m[1]} ay"),
     (r"\b(an?) A\b(?= ?[.,;!?]|$)", lambda m: f"{m[1]} ay"),
     (r"(?<![\w'’.])([B-HJ-NP-Zb-hj-np-z])(?=-[a-z]{2}|(?![\w'’-]))", lambda m: spell(m[1])),
-    (r" ?& ?", " and "), (r" ?@ ?", " at "), (r" ?= ?", " equals "), (r"%", " percent"), (r"(?<=\w) \+ (?=\w)", " plus "),
+    ("²", " squared"), ("³", " cubed"), (r" ?& ?", " and "),
+    (r" ?@ ?", " at "), (r" ?= ?", " equals "), (r"%", " percent"), (r"(?<=\w) \+ (?=\w)", " plus "),
     (r" +(?:-{1,3}|–) +| ?-{2,3} ?", ", "),
 ]
 PATTERNS = [(re.compile(pattern), becomes) for pattern, becomes in RULES]
-ACRONYM = re.compile(r"\b([A-Z]{2,6})((?<=[A-Z])['’]?s)?\b(?!['’][A-Z])")
+ACRONYM = re.compile(r"\b([A-Z]{2,})((?<=[A-Z])['’]?s)?\b(?!['’][A-Z])")
 
 
 def shouts(text: str) -> bool:
@@ -313,11 +322,10 @@ def write_out(text: str) -> str:
     if len(alone := re.sub(r"[\W_]", "", text)) == 1 and alone.lower() in LETTERS:
         text = text.replace(alone, spell(alone))
     text = re.sub(r"(?<=[0-9])(?=[¼½¾⅓⅔⅛])", " ", text)
-    text = re.sub("(?<=[0-9])²", " squared", re.sub("(?<=[0-9])³", " cubed", text))
     text = "".join(plain_digits(c) if c.isnumeric() and c not in "0123456789²³" else c for c in text)
     for pattern, becomes in PATTERNS:
         text = pattern.sub(becomes, text)
-    text = text.upper() if loud else ACRONYM.sub(acronym, text)
+    text = calm(text) if loud else ACRONYM.sub(acronym, text)
     text = re.sub(r" +(?=[.,;:!?](?:\s|$))", "", re.sub(" {2,}", " ", text)).strip()
     return text if typed[:1].islower() else text[:1].upper() + text[1:]  # "7 of them" begins a sentence as words do
 
@@ -362,7 +370,8 @@ def as_spoken(text: str, characters: str = "") -> str:
 
     A text without an end gets a full stop, as texts in corpora have. Words like "Yes" alone are too short without it.
     """
-    spoken = fold(write_out(text), characters)
+    plain = "".join(fold(c, characters) if c.isalpha() and not c.isascii() else c for c in text)
+    spoken = fold(write_out(plain), characters)
     if not any(c.isalnum() for c in spoken):
         return text
     return spoken + "." if spoken[-1].isalnum() and "." in characters else spoken

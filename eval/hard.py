@@ -3,9 +3,9 @@
     python eval/hard.py --ckpt RUN/latest.pt                    # eval/hard_prompts.txt, into RUN/eval/hard
     python eval/hard.py --ckpt RUN/latest.pt --no_normalise --out_dir /tmp/as_written
 
-A line of the file is `group<tab>text<tab>words`: the words must be heard in this order, `a|b` is either. In the groups letter,
-digit and word nothing else may be heard. The judge's texts are written out (normalise.py) before they are compared, so "$45"
-and "forty-five dollars" are equal. Config fields are flags, as for evaluator.py, which does the rest.
+A line of the file is `group<tab>text<tab>words`. The words must be heard in this order; `a|b` is either. In the groups
+letter, digit and word nothing else may be heard. The judge's texts are written out (normalise.py) before they are compared,
+so "$45" and "forty-five dollars" are equal. Config fields are flags, as for evaluator.py, which does the rest.
 """
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def read_hard_prompts(path: str) -> list[tuple[str, str, str]]:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of what a judge wrote, in lower case. Digits and abbreviations are written out, long numbers digit by digit."""
+    """The words of what a judge wrote, in lower case and written out, long numbers digit by digit."""
     text = re.sub("[0-9]{5,}", lambda m: " ".join(m[0]), text)
     text = fold(write_out(text), "abcdefghijklmnopqrstuvwxyz' ")
     return [LETTERS.get(word, word) for word in text.split()]
