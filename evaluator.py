@@ -47,6 +47,12 @@ class Prompt(NamedTuple):
     spoken: str = ""  # the words to speak, if they are not the text
 
 
+def file_prompt(text: str, cfg: Config, characters: str) -> Prompt:
+    """A prompt that is not an utterance of the corpus. `characters` are those of the voice's texts."""
+    spoken = as_spoken(text, characters) if cfg.eval_normalise else text
+    return Prompt(text, spoken=spoken if spoken != text else "")
+
+
 def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None, characters: str = "") -> list[Prompt]:
     """eval_num_samples prompts of cfg.eval_prompts, drawn with cfg.seed and in their original order. Raises UserError.
 
@@ -68,8 +74,8 @@ def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None
         raise UserError(f"eval_prompts: found no prompts in {source}; expected a text per line")
     chosen = sorted(np.random.default_rng(cfg.seed).permutation(len(prompts))[:cfg.eval_num_samples])
     characters = characters or (corpus.characters if corpus else "")
-    return [Prompt(text, spoken=as_spoken(text, characters) if cfg.eval_normalise else "") if i is None
-            else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32)) for text, i in (prompts[n] for n in chosen)]
+    return [file_prompt(text, cfg, characters) if i is None else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32))
+            for text, i in (prompts[n] for n in chosen)]
 
 
 def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> list[np.ndarray | None]:

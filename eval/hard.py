@@ -17,8 +17,8 @@ from checkpoint import load_checkpoint
 from common import UserError, pick_device, run_cli, write_file
 from config import from_flags, split_flags
 from distributed import Ranks
-from evaluator import Prompt, evaluate
-from normalise import LETTERS, as_spoken, fold, write_out
+from evaluator import evaluate, file_prompt
+from normalise import LETTERS, fold, write_out
 
 ALONE = ("letter", "digit", "word")
 
@@ -68,8 +68,8 @@ def main(argv: list[str]) -> None:
     cfg = model.cfg = from_flags(flags | {"eval_prompts": source}, base=dataclasses.asdict(model.cfg))
     if cfg.eval_judge == "none":
         raise UserError("eval_judge = 'none': nobody listens; expected whisper")
-    characters = "" if as_written else ckpt.get("characters", "")
-    prompts = [Prompt(text, spoken="" if as_written else as_spoken(text, characters)) for _, text, _ in rows]
+    cfg.eval_normalise &= not as_written
+    prompts = [file_prompt(text, cfg, ckpt.get("characters", "")) for _, text, _ in rows]
     out = Path(out or Path(path).parent / "eval" / "hard")
     evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path)
     table, counts = ["| group | text | spoken | heard | all words |", "|---|---|---|---|---|"], {}

@@ -173,7 +173,7 @@ def test_sample_shows_what_it_speaks(checkpoint, tmp_path, capsys):
     assert spoken == "It's five pee em. Pay seven dollars." and "warning" not in messages
     assert shown(checkpoint, tmp_path, capsys, "--seconds", "1")[0] == spoken
     raw, warning = shown(checkpoint, tmp_path, capsys, "--no-normalise")
-    assert raw == "It’s 5 p.m. Pay $7." and "do not contain '5' '’'" in warning
+    assert raw == "It’s 5 p.m. Pay $7." and "do not contain '$' '5' '7' '’';" in warning
     ckpt = torch.load(checkpoint, weights_only=True)
     torch.save(ckpt | {"config": ckpt["config"] | {"eval_normalise": False}}, tmp_path / "german.pt")
     assert shown(tmp_path / "german.pt", tmp_path, capsys)[0] == raw
