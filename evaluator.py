@@ -74,8 +74,8 @@ def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None
         raise UserError(f"eval_prompts: found no prompts in {source}; expected a text per line")
     chosen = sorted(np.random.default_rng(cfg.seed).permutation(len(prompts))[:cfg.eval_num_samples])
     characters = characters or (corpus.characters if corpus else "")
-    return [file_prompt(text, cfg, characters) if i is None else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32))
-            for text, i in (prompts[n] for n in chosen)]
+    return [file_prompt(text, cfg, characters) if i is None
+            else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32)) for text, i in (prompts[n] for n in chosen)]
 
 
 def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> list[np.ndarray | None]:
