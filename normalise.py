@@ -138,15 +138,17 @@ def address(m: re.Match) -> str:
 def acronym(m: re.Match) -> str:
     """A word in capitals, in a text that is not all capitals: spelled, unless it can be read as a word.
 
-    A word is written in small letters, because corpora have few words in capitals.
+    Other words are written in small letters, because corpora have few in capitals. NASA and its like stay.
     """
     word, ending = m[1].lower(), m[2] or ""
     if word == "ok":
         return "okay" + ending
+    if word in SAID_AS_WORDS:
+        return m[0]
     if word in SHORT_WORDS and not ending:
         return word
     spelled = word in SPELLED or len(word) < 4 or not re.search("[aeiouy]", word)
-    return (spell(word) if spelled and word not in SAID_AS_WORDS else word.capitalize()) + ending
+    return (spell(word) if spelled else word.capitalize()) + ending
 
 
 def calm(text: str) -> str:

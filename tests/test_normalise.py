@@ -65,8 +65,8 @@ CASES = {
         J. K. Rowling wrote it. -> Jay kay Rowling wrote it.""",
     "acronyms and letters": """
         The U.S. and the USA signed. -> The you ess and the you ess ay signed.
-        The FBI's CEO called NASA, OK? -> The eff bee eye's see ee oh called Nasa, okay?
-        MP3, 4G and COVID-19 -> Em pee three, four gee and Covid nineteen
+        The FBI's CEO called NASA, OK? -> The eff bee eye's see ee oh called NASA, okay?
+        MP3, 4G and COVID-19 -> Em pee three, four gee and COVID nineteen
         WARNING: DO NOT ENTER ROOM 5, I SAID -> Warning: do not enter room five, I said
         I did NOT say so. -> I did not say so.
         A -> Ay
