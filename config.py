@@ -120,6 +120,7 @@ class Config:
     eval_steps: int = 16  # Euler steps
     eval_cfg_scale: float = 1.5  # 1: no guidance, 0: no text
     eval_temperature: float = 0.4  # scale of the noise at the start
+    eval_normalise: bool = True  # write out numbers, abbreviations, … of typed texts in English (normalise.py)
     eval_batch_size: int = 16
     # auto: bigvgan on CUDA; on a CPU the learned one where the corpus or the run has it, else griffinlim
     eval_vocoder: Literal["auto", "bigvgan", "learned", "griffinlim"] = "auto"

@@ -33,6 +33,7 @@ from eval.page import write_page, write_run_page
 from eval.picture import save_map
 from metric import Metrics
 from model import TTS, byte_tokens
+from normalise import as_spoken
 from sample import fits, read_pieces, sample
 from text import has_words
 from vocoder import load_vocoder, vocoder_kind
@@ -45,10 +46,20 @@ class Prompt(NamedTuple):
     text: str
     utt_id: str | None = None  # set if the prompt is an utterance of the corpus
     mel: np.ndarray | None = None  # the utterance's log-mel (frames, n_mels) float32
+    spoken: str = ""  # the words to speak, if they are not the text
 
 
-def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None) -> list[Prompt]:
-    """eval_num_samples prompts of cfg.eval_prompts, drawn with cfg.seed and in their original order. Raises UserError."""
+def file_prompt(text: str, cfg: Config, characters: str) -> Prompt:
+    """A prompt that is not an utterance of the corpus. `characters` are those of the voice's texts."""
+    spoken = as_spoken(text, characters) if cfg.eval_normalise else text
+    return Prompt(text, spoken=spoken if spoken != text else "")
+
+
+def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None, characters: str = "") -> list[Prompt]:
+    """eval_num_samples prompts of cfg.eval_prompts, drawn with cfg.seed and in their original order. Raises UserError.
+
+    With eval_normalise, those of a file are spoken as `as_spoken` says. `characters` are the voice's; default: the corpus's.
+    """
     source = cfg.eval_prompts
     if source in ("val", "test", "overfit"):
         corpus = corpus or Corpus(cfg.data_dir, cfg)
@@ -64,8 +75,9 @@ def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None
     if not prompts:
         raise UserError(f"eval_prompts: found no prompts in {source}; expected a text per line")
     chosen = sorted(np.random.default_rng(cfg.seed).permutation(len(prompts))[:cfg.eval_num_samples])
-    return [Prompt(text) if i is None else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32))
-            for text, i in (prompts[n] for n in chosen)]
+    characters = characters or (corpus.characters if corpus else "")
+    return [file_prompt(text, cfg, characters) if i is None
+            else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32)) for text, i in (prompts[n] for n in chosen)]
 
 
 def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> list[np.ndarray | None]:
@@ -158,11 +170,12 @@ def speak(model: TTS, texts: list[str], cfg: Config, desc: str | None) -> tuple[
 def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path, ranks: Ranks, floors: bool,
                   recordings: str | None, sounds: int) -> tuple[list[dict], dict]:
     """Evaluate one rank's prompts, given by their index. Returns their rows of wer.jsonl, and facts for the summary."""
-    texts = [prompt.text for prompt in prompts.values()]
-    rows = [{"idx": i, "reference": text} for i, text in zip(prompts, texts)]
+    texts, words = zip(*((p.text, p.spoken or p.text) for p in prompts.values()), strict=True) if prompts else ((), ())
+    rows = [{"idx": i, "reference": text} | ({"spoken": said} if said != text else {})
+            for i, text, said in zip(prompts, texts, words)]
     wavs = {"recording": read_recordings(recordings, list(prompts.values()), cfg) if floors else [None] * len(rows)}
     start = time.time()
-    mels, attention_maps = speak(model, texts, cfg, None if ranks.rank else "synthesizing")
+    mels, attention_maps = speak(model, words, cfg, None if ranks.rank else "synthesizing")
     sampled = time.time()
     vocode = load_vocoder(cfg, ranks.device)
     wavs["audio"] = [vocode(mel) for mel in progress(mels, desc="vocoding", unit="prompt", disable=ranks.rank > 0)]
@@ -176,8 +189,9 @@ def evaluate_part(model: TTS, cfg: Config, prompts: dict[int, Prompt], out: Path
                 row[kind] = f"{row['idx']:06d}.wav" if kind == "audio" else f"{row['idx']:06d}_{kind}.wav"
                 audio.write_wav(out / row[kind], wav, cfg.sample_rate)
     judge = load_judge(cfg, ranks.device)
+    heard_as = words if cfg.eval_judge == "ctc" else texts  # Whisper's normaliser reads numbers, the ctc judge has no digits
     for kind in wavs if floors else ["audio"]:
-        for row, heard in zip(rows, listen(judge, texts, wavs[kind], cfg, "" if kind == "audio" else f"{kind}_")):
+        for row, heard in zip(rows, listen(judge, heard_as, wavs[kind], cfg, "" if kind == "audio" else f"{kind}_")):
             row.update(heard)
     pairs = [None for _ in rows]  # of generated and recorded frames
     for n, (row, prompt, mel, maps) in enumerate(zip(rows, prompts.values(), mels, attention_maps)):
@@ -305,7 +319,7 @@ def main(argv: list[str]) -> None:
     cfg.eval_judge = choose_judge(cfg, device)
     run = Path(path) if os.path.isdir(path) else Path(path).parent  # an exported folder keeps its own evaluations
     out = Path(out_dir or run / "eval" / f"manual_{ckpt['step']:08d}")
-    prompts = load_prompts(cfg, model.tokenise)
+    prompts = load_prompts(cfg, model.tokenise, characters=ckpt.get("characters", ""))
     if missing := voice.missing_packages():
         tell(missing)
     summary = evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path, True, recordings, len(prompts))

@@ -31,6 +31,7 @@ from eval.measures import clearest_head
 from eval.page import write_page
 from eval.picture import mel_png, save_map
 from model import TTS, autocast
+from normalise import as_spoken
 from text import Piece, has_words, read_sentences, split_pieces
 from vocoder import load_vocoder
 
@@ -140,16 +141,19 @@ def fits(model: TTS, text: str, speed: float = 1.0) -> bool:
 
 
 def read_pieces(model: TTS, texts: Iterable[Iterable[str]], speed: float = 1.0, whole: bool = False,
-                characters: str = "") -> Iterator[Piece]:
+                characters: str = "", normalise: bool = False) -> Iterator[Piece]:
     """Texts, each an iterable of its parts, as pieces that the model can speak. Piece.line is the number of the text.
 
-    A piece fits (see `fits`), or it is an uncut text with `whole`.
+    A piece fits (see `fits`), or it is an uncut text with `whole`. With `normalise` it has the words to speak (`as_spoken`).
     Warns once of each character that is not one of `characters`, those of the training texts. Raises UserError if there is
     nothing to say.
     """
     known, piece, short = set(characters), None, functools.partial(fits, model, speed=speed)
     for n, parts in enumerate(texts):
-        for piece in [Piece(n, "".join(parts), 0.0)] if whole else split_pieces(read_sentences(parts), short, n):
+        sentences = [("".join(parts), 0.0)] if whole else read_sentences(parts)
+        if normalise:
+            sentences = ((as_spoken(text, characters), pause) for text, pause in sentences)
+        for piece in (Piece(n, *sentence) for sentence in sentences) if whole else split_pieces(sentences, short, n):
             if known and (unknown := sorted(set(piece.text) - known)):
                 known.update(unknown)
                 warn(f"the training texts do not contain {' '.join(map(repr, unknown))}; the model may say anything there")
@@ -181,6 +185,8 @@ def add_voice_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vocoder", default="auto", choices=CHOICES["eval_vocoder"])
     p.add_argument("--vocoder_model", "--vocoder-model", help="BigVGAN's hub id or folder; default: eval_vocoder_model")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--no_normalise", "--no-normalise", action="store_true",
+                   help="speak the text as it is, without writing out numbers, abbreviations and letters (normalise.py)")
 
 
 def load_voice(args: argparse.Namespace) -> tuple:
@@ -191,6 +197,7 @@ def load_voice(args: argparse.Namespace) -> tuple:
     for name in ("steps", "cfg_scale", "temperature"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(cfg, f"eval_{name}"))
+    args.normalise = cfg.eval_normalise and not args.no_normalise
     cfg.eval_vocoder, cfg.eval_vocoder_model = args.vocoder, args.vocoder_model or cfg.eval_vocoder_model
     return model, load_vocoder(cfg, device), ckpt
 
@@ -208,6 +215,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--speed", type=float, default=1.0, help="relative to the training recordings")
     p.add_argument("--num_samples", "--num-samples", type=int, default=1, help="takes: x_0.wav, x_1.wav, …; seeds count up")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--show_text", "--show-text", action="store_true", help="print the words of each piece as it is spoken")
     p.add_argument("--plot", nargs="?", const="", metavar="PNG", help="draw the log-mel; default: beside --out")
     args = p.parse_args(argv)
     if args.out is None and args.export is None:
@@ -229,6 +237,13 @@ def read_lines(path: str | None) -> Iterator[str]:
             yield from f
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path or 'standard input'}: {e}; expected UTF-8 text") from None
+
+
+def show(pieces: Iterable[Piece], file) -> Iterator[Piece]:
+    """The pieces, whose texts are printed to `file` as they pass."""
+    for piece in pieces:
+        tell(piece.text, file)
+        yield piece
 
 
 def write_speech(spoken: Iterable[tuple], args, lines: list[str], take: int, cfg: Config) -> Iterator[dict]:
@@ -264,6 +279,7 @@ def main(argv: list[str]) -> None:
         return
     model, vocode, ckpt = load_voice(args)
     cfg, out, start = model.cfg, Path(args.out), time.time()
+    messages = sys.stderr if args.out == "-" else None
     options = {name: getattr(args, name) for name in ("steps", "cfg_scale", "temperature", "seconds", "speed")}
     sample(model, [], **options)  # raises UserError for options out of range
     if args.seconds is not None and args.seconds > (longest := cfg.block_size * cfg.hop_length / cfg.sample_rate):
@@ -272,7 +288,9 @@ def main(argv: list[str]) -> None:
     if args.file is not None:
         lines = [" ".join(line.split()) for line in read_lines(args.file) if has_words(line)]
     texts = [read_lines(None) if line is None else [line] for line in lines]  # each one as an iterable of its parts
-    pieces = read_pieces(model, texts, args.speed, args.seconds is not None, ckpt.get("characters", ""))
+    pieces = read_pieces(model, texts, args.speed, args.seconds is not None, ckpt.get("characters", ""), args.normalise)
+    if args.show_text:
+        pieces = show(pieces, messages)
     make_folder(out if args.file is not None else out.parent)
     rows = []
     for take, copy in enumerate(itertools.tee(pieces, args.num_samples)):
@@ -286,7 +304,7 @@ def main(argv: list[str]) -> None:
         write_page(out)
     seconds, took = sum(row["predicted_seconds"] for row in rows), time.time() - start
     tell(f"{args.out}: {seconds:.2f} s of speech in {took:.2f} s, real-time factor {took / seconds:.2f}",
-         sys.stderr if args.out == "-" else None)
+         messages)
 
 
 if __name__ == "__main__":

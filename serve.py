@@ -15,14 +15,17 @@ from eval.picture import mel_png
 from sample import add_voice_flags, load_voice, read_pieces, synthesize
 
 
-def build_page(gr, model, vocode, steps: int, cfg_scale: float, temperature: float):
-    """The page. `gr` is the module gradio; the other options are what the page shows at first."""
+def build_page(gr, model, vocode, steps: int, cfg_scale: float, temperature: float, characters: str, normalise: bool):
+    """The page. `gr` is the module gradio. `steps`, `cfg_scale` and `temperature` are what the page shows at first.
+
+    `characters` and `normalise` are those of `read_pieces`.
+    """
     cfg = model.cfg
 
     def respond(text, steps, cfg_scale, temperature, speed, seed):
         wavs, mels = [], []
         try:
-            pieces = read_pieces(model, [[text]], speed)
+            pieces = read_pieces(model, [[text]], speed, characters=characters, normalise=normalise)
             for piece, mel, wav in synthesize(model, vocode, pieces, cfg.eval_batch_size, seed=int(seed), steps=int(steps),
                                               cfg_scale=cfg_scale, temperature=temperature, speed=speed):
                 wavs += [wav, np.zeros(round(piece.pause * cfg.sample_rate), np.float32)]
@@ -54,8 +57,9 @@ def main(argv: list[str]) -> None:
         import gradio as gr
     except ImportError as e:
         raise UserError(f"the page needs a package that is not installed ({e.name}): pip install 'gradio>=6,<7'") from None
-    model, vocode, _ = load_voice(args)
-    page = build_page(gr, model, vocode, args.steps, args.cfg_scale, args.temperature)
+    model, vocode, ckpt = load_voice(args)
+    page = build_page(gr, model, vocode, args.steps, args.cfg_scale, args.temperature, ckpt.get("characters", ""),
+                      args.normalise)
     fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # gradio's own are downloaded
     try:
         page.launch(server_name=args.host, server_port=args.port, theme=fonts, show_error=True, ssr_mode=False)
