@@ -1,5 +1,6 @@
 """Text to speech from a checkpoint. This file holds the repo's one sampler: Euler steps with classifier-free guidance.
 
+    python sample.py --text "Hi, how are you?" --out hi.wav                # the voice in the box, voices/joe
     python sample.py --ckpt .artifacts/local/demo/latest.pt --text "My brother painted the old bridge." --out x.wav
     python sample.py --ckpt RUN/latest.pt --file lines.txt --out DIR       # one wav per line, and a page to listen to them
     python sample.py --ckpt RUN/latest.pt --out book.wav < book.txt        # a text of any length
@@ -35,6 +36,7 @@ from normalise import as_spoken
 from text import Piece, has_words, read_sentences, split_pieces
 from vocoder import load_vocoder
 
+VOICE = str(Path(__file__).with_name("voices") / "joe")  # the voice in the box
 PLOTTED_SECONDS = 60.0  # of speech, at most, in the picture that --plot writes
 
 
@@ -178,7 +180,7 @@ def synthesize(model: TTS, vocode, pieces: Iterable[Piece], batch_size: int, **o
 
 def add_voice_flags(p: argparse.ArgumentParser) -> None:
     """The flags that sample.py and serve.py share."""
-    p.add_argument("--ckpt", required=True, help="a checkpoint file, or a folder that --export wrote")
+    p.add_argument("--ckpt", default=VOICE, help="a checkpoint file, or a folder that --export wrote; default: voices/joe")
     p.add_argument("--steps", type=int, help="Euler steps; default: the run's eval_steps")
     p.add_argument("--cfg_scale", "--cfg-scale", type=float, help="guidance, 1: none; default: the run's eval_cfg_scale")
     p.add_argument("--temperature", type=float, help="scale of the noise at the start; default: the run's eval_temperature")

@@ -1,6 +1,7 @@
 """Train a track of the speedrun with several seeds, keep the logs, and add a row to records/README.md.
 
     python records/run.py demo-cpu --name align --idea "alignment search" --max_steps 300 --eval_interval 300
+    python records/run.py natural-cpu --name first --idea "…"       # reads the corpus aloud first, downloads Whisper
     python records/run.py ljspeech-gpu --name first --idea "…"      # downloads LJSpeech, ByT5, BigVGAN and Whisper
 
 All other flags go to train.py. A missing corpus or judge is made first. A run's score is its minutes of training, without
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 from common import UserError, replacing, run_cli, write_file
 from config import load_config
+from corpus import RECORDINGS
 from metric import read_metrics
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +41,8 @@ class Track(NamedTuple):
 TRACKS = {
     "demo-cpu": Track("configs/grammar.yaml", "--eval_prompts val --eval_num_samples 128 --eval_judge ctc --eval_vocoder "
                       "griffinlim".split(), 128, "eval/cer", 0.05),
+    "natural-cpu": Track("configs/demo.yaml", "--eval_prompts val --eval_num_samples 100 --eval_judge whisper "
+                         "--eval_whisper_model tiny.en --eval_vocoder griffinlim".split(), 100, "eval/wer", 0.10, True),
     "ljspeech-gpu": Track("configs/ljspeech.yaml", "--gpus 1 --eval_prompts val --eval_num_samples 100 --eval_judge whisper "
                           "--eval_whisper_model base.en --eval_vocoder bigvgan".split(), 256, "eval/wer", 0.02, True),
 }
@@ -121,7 +125,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--name", required=True, help="of the record's folder")
     p.add_argument("--idea", required=True, help="one sentence")
     p.add_argument("--seeds", type=int, default=3, help="number of runs")
-    p.add_argument("--recordings", default="data/ljspeech/LJSpeech-1.1/wavs", help="ljspeech-gpu: a folder of <utt_id>.wav")
+    p.add_argument("--recordings", help="a folder of <utt_id>.wav; default: those that the corpus has kept")
     args, flags = p.parse_known_args(argv)
     track, folder, runs = TRACKS[args.track], HERE / args.name, []
     if folder.exists():
@@ -132,6 +136,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config(flags)
     if not (ROOT / cfg.data_dir).exists():
         call(cfg.prepare_script, "--out", cfg.data_dir)
+    recordings = args.recordings or str(Path(cfg.data_dir, RECORDINGS))
     if cfg.eval_judge == "ctc" and not (ROOT / cfg.data_dir / "judge_ctc.pt").exists():
         call("eval/ctc.py", *flags)
     ranks = cfg.gpus or cfg.nproc
@@ -139,11 +144,11 @@ def main(argv: list[str]) -> None:
     for seed in range(1337, 1337 + args.seeds):
         out = HERE.parent / ".artifacts" / "records" / f"{args.name}_{seed}"
         seeded = [*flags, "--seed", str(seed)]
-        goal = target(track, seeded, args.recordings, out.with_name(f"{out.name}_recordings"))
+        goal = target(track, seeded, recordings, out.with_name(f"{out.name}_recordings"))
         call(*torchrun, "train.py", *seeded, "--run_name", out.name, "--out_dir", str(out), "--no_wandb",
              "--keep_checkpoints", "1000")
         found = time_to_target(read_metrics(out / "metrics.jsonl"), track.key, goal)
-        runs.append(confirm(track, found, out, args.recordings) | {"seed": seed, "out": out})
+        runs.append(confirm(track, found, out, recordings) | {"seed": seed, "out": out})
     write_record(folder, args.idea, runs)
     row = table_row(args.track, args.name, args.idea, runs, datetime.date.today().isoformat())
     write_file(HERE / "README.md", add_row((HERE / "README.md").read_text(encoding="utf-8"), row))
