@@ -4,9 +4,10 @@
 #   ./run.sh --gpus 1 --batch_size 32          any config field is a flag
 #   BATCH_SIZE=64 NUM_GPUS=2 ./run.sh
 #   ./run.sh --source /data/LJSpeech-1.1       use your copy of LJSpeech instead of a download
-#   ./run.sh --config configs/demo.yaml        the same job on the grammar corpus: no GPU, no downloads
+#   ./run.sh --config configs/demo.yaml        the same job on a natural voice that a program reads: two CPU cores
 #   ./run.sh --gpus 0 --nproc 2 ...            two CPU ranks
 #   ./run.sh prepare [flags]                   only set up and prepare the corpus
+#   ./run.sh sample --text "Hi!" --out hi.wav  set up and speak, with the flags of sample.py
 #   ./run.sh test [--fast] [pytest arguments]  the tests; --fast: without those that take seconds
 #   ./run.sh installed                         print the mark of an up-to-date .venv; status 0 if .venv has it
 #   NNODES=2 RDZV_ENDPOINT=host:port ./run.sh  on each of two machines; under Slurm: srun --ntasks-per-node=1 ./run.sh
@@ -57,6 +58,7 @@ except OSError as e:
 fi
 PATH="$PWD/.venv/bin:$PATH"
 
+if [ "${1:-}" = sample ]; then shift; cd "$from"; exec python "$OLDPWD/sample.py" "$@"; fi
 if [ "${1:-}" = test ]; then
   shift
   if [ "${1:-}" = --fast ]; then shift; set -- -m "not slow" "$@"; fi
@@ -141,7 +143,7 @@ fi
 if $training && [ "$gpus" -gt 0 ]; then
   found=$(python -c 'import torch; print(torch.cuda.device_count())')
   if [ "$found" -lt "$gpus" ]; then
-    use="./run.sh --config configs/demo.yaml (the same job on a small corpus, on the CPU)"
+    use="./run.sh --config configs/demo.yaml (the same job on a smaller corpus, on the CPU)"
     [ "$found" -eq 0 ] || use="./run.sh --gpus $found"
     die "$config needs $gpus GPUs and this machine has $found; use $use"
   fi
@@ -160,7 +162,7 @@ if [ ! -f "$corpus" ]; then
   fi
   echo "no corpus at $data_dir yet: running $prepare" >&2
   python "$prepare" --out "$data_dir" ${source_dir:+--source "$source_dir"} ||
-    die "the corpus was not prepared; the same job without it: ./run.sh --config configs/demo.yaml"
+    die "the corpus was not prepared; a job that needs no downloads: ./run.sh --config configs/grammar.yaml"
 fi
 if ! $training; then
   echo "the corpus is at $data_dir"

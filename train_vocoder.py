@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import audio
 from checkpoint import load_checkpoint
@@ -21,33 +20,13 @@ from config import Config
 from corpus import RECORDINGS, Corpus
 from data import collate
 from model import TTS
-from vocoder import LEARNED, NOISE, QUIET, Magnitudes, load_learned, pseudo_inverse, save_learned
+from vocoder import LEARNED, QUIET, Magnitudes, load_learned, save_learned
 
 KEPT = 400  # training recordings that a prepare script keeps for this: about a quarter of an hour
 WIDTH, BLOCKS = 256, 5
 STEPS, BATCH, FRAMES = 900, 16, 96
-PEAK_LR, CRITIC_LR, WARMUP = 1e-3, 5e-4, 30
-ADVERSARIAL, CRITIC_START = 0.1, 200  # weight of the critic's loss, and the step at which it begins
+PEAK_LR, WARMUP = 1e-3, 30
 BLUR, HISS = (0.8, 0.5), 0.3  # strongest smoothing over time and over bands, and strongest noise, of a blurred log-mel
-
-
-class Critic(nn.Module):
-    """Tells magnitudes of recordings from those of the network, frame by frame with their neighbours (least squares GAN)."""
-
-    def __init__(self, bins: int, width: int = 192):
-        super().__init__()
-        self.inp = nn.Conv1d(2 * bins, width, 3, padding=1)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(3))
-        self.out = nn.Linear(width, 32)
-
-    def forward(self, log_magnitudes, log_mels, cfg: Config):
-        """Log magnitudes (B, T, bins) for log_mels (B, T, n_mels) -> scores (B, T, 32); 1 is a recording, 0 is not."""
-        given = pseudo_inverse(log_mels, cfg).clamp(min=QUIET).log()
-        x = self.inp(torch.cat([log_magnitudes, given], dim=-1).mT / 3 + 1).mT
-        for norm, conv in zip(self.norms, self.convs):
-            x = x + conv(F.leaky_relu(norm(x), 0.1).mT).mT
-        return self.out(F.leaky_relu(x, 0.1))
 
 
 def blur(log_mels: torch.Tensor) -> torch.Tensor:
@@ -83,42 +62,31 @@ def own_log_mels(model: TTS, corpus: Corpus, rows: list[int], seed: int) -> dict
 def train(net: Magnitudes, pairs: list[tuple], steps: int) -> float:
     """Train a network on pairs of log-mels (frames, n_mels) and log magnitudes (frames, bins). Returns its mean error.
 
-    A pair may have a third entry, the voice's own log-mel of the recording. A quarter of each batch is blurred. The loss is
-    the mean absolute error of the log magnitudes. That alone gives their median, which sounds dull; a critic asks for the
-    detail that recordings have.
+    A pair may have a third entry, the voice's own log-mel of the recording, which half of each batch then has. A quarter of
+    each batch is blurred. The loss is the mean absolute error of the log magnitudes.
     """
-    cfg, rng, errors = net.cfg, np.random.default_rng(0), []
+    rng, errors = np.random.default_rng(0), []
     pairs = [pair for pair in pairs if len(pair[0]) > FRAMES]
     if len(pairs) < BATCH:
         raise UserError(f"{len(pairs)} recordings are longer than {FRAMES} frames; the vocoder needs at least {BATCH}")
-    critic = Critic(cfg.n_fft // 2 + 1)
     opt = torch.optim.AdamW(net.parameters(), betas=(0.8, 0.95))
-    critic_opt = torch.optim.AdamW(critic.parameters(), CRITIC_LR, betas=(0.5, 0.9))
     for step in progress(range(steps), desc="training the vocoder", unit="step", leave=True):
         for group in opt.param_groups:
-            group["lr"] = PEAK_LR * min(1, step / WARMUP) * (1 - 0.9 * step / steps)
+            group["lr"] = PEAK_LR * min(1, step / WARMUP) * (1 - step / steps)
         parts = []
         for pair in (pairs[i] for i in rng.integers(len(pairs), size=BATCH)):
             start = rng.integers(len(pair[0]) - FRAMES)
             heard = pair[2] if len(pair) > 2 and len(parts) < BATCH // 2 else pair[0]
             parts.append((heard[start:start + FRAMES], pair[1][start:start + FRAMES]))
         given, target = (torch.stack(part) for part in zip(*parts))
-        half = BATCH // 2
-        given = torch.cat([given[:half], blur(given[half:half + half // 2]), given[half + half // 2:]])
-        made = net(given, torch.randn(BATCH, FRAMES, NOISE))
-        error = (made - target).abs().mean()
-        loss = error
-        if step >= min(CRITIC_START, steps // 4):
-            real, fake = critic(target, given, cfg), critic(made.detach(), given, cfg)
-            critic_opt.zero_grad()
-            ((real - 1).square().mean() + fake.square().mean()).backward()
-            critic_opt.step()
-            loss = error + ADVERSARIAL * (critic(made, given, cfg) - 1).square().mean()
+        blurred = slice(BATCH // 2, BATCH // 2 + BATCH // 4)
+        given[blurred] = blur(given[blurred])
+        loss = (net(given) - target).abs().mean()
         opt.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
-        errors.append(error.item())
+        errors.append(loss.item())
     return float(np.mean(errors[-100:]))
 
 

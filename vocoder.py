@@ -14,7 +14,6 @@ from common import UserError, first_line, replacing
 from config import AUDIO_FIELDS, Config
 
 LEARNED = "vocoder.safetensors"  # the learned vocoder's file, beside a corpus or a voice
-NOISE = 8  # channels of noise that the network can shape into the texture of breath and hiss
 QUIET = 1e-4  # smallest magnitude that the network sees
 
 
@@ -126,15 +125,15 @@ class Magnitudes(nn.Module):
     def __init__(self, cfg: Config, width: int, blocks: int):
         super().__init__()
         self.cfg = cfg
-        self.inp = nn.Conv1d(cfg.n_mels + NOISE, width, 7, padding=3)
+        self.inp = nn.Conv1d(cfg.n_mels, width, 7, padding=3)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, cfg.n_fft // 2 + 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, log_mels, noise):
-        """log_mels (B, T, n_mels) and noise (B, T, NOISE) -> log magnitudes (B, T, bins)."""
-        x = torch.cat([(log_mels + 5.5) / 2, noise], dim=-1)  # about the mean and deviation of speech
+    def forward(self, log_mels):
+        """log_mels (B, T, n_mels) -> log magnitudes (B, T, bins)."""
+        x = (log_mels + 5.5) / 2  # about the mean and deviation of speech
         x = self.blocks(self.inp(x.mT).mT)
         return pseudo_inverse(log_mels, self.cfg).clamp(min=QUIET).log() + self.out(self.norm(x))
 
@@ -202,6 +201,5 @@ def load_vocoder(cfg: Config, device):
         mel = mel.float().to(device)
         if kind == "bigvgan":
             return net(mel.T[None])[0, 0].cpu().numpy()
-        noise = torch.randn(1, len(mel), NOISE, generator=torch.Generator().manual_seed(0)).to(device)
-        return griffin_lim(mel, cfg, net(mel[None], noise)[0].exp())
+        return griffin_lim(mel, cfg, net(mel[None])[0].exp())
     return vocode
