@@ -153,8 +153,11 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ran
 def speak(model: TTS, texts: list[str], cfg: Config, desc: str | None) -> tuple[list, list]:
     """The log-mel (frames, n_mels) of each text, and the list of its pieces' attention maps.
 
-    A text that is too long for one piece is cut and spoken with pauses, as sample.py does.
+    A text that is too long for one piece is cut and spoken with pauses, as sample.py does. Another project's model brings a
+    `speak` of its own (records/peers).
     """
+    if hasattr(model, "speak"):
+        return model.speak(texts, cfg)
     pieces = [piece._replace(line=n) for n, text in enumerate(texts)
               for piece in read_pieces(model, [[text]], whole=fits(model, text))]
     maps, mels = [], [[] for _ in texts]

@@ -5,7 +5,7 @@ import graphlib
 import pytest
 from conftest import ROOT
 
-CODE = {str(path.relative_to(ROOT)): path.read_text() for pattern in ("*.py", "eval/*.py", "data/**/*.py", "records/*.py")
+CODE = {str(path.relative_to(ROOT)): path.read_text() for pattern in ("*.py", "eval/*.py", "data/**/*.py", "records/**/*.py")
         for path in sorted(ROOT.glob(pattern))}
 LONG_ON_PURPOSE = {"train.py": {"main"}}  # set-up, loop and end in the order in which they happen
 
