@@ -80,6 +80,7 @@ class Config:
     # --- the flow: t = 1 is noise, t = 0 is speech
     timestep_logit_mean: float = 1.6  # training times are sigmoid(N(mean, std)); a mean above 0 favours times near noise,
     timestep_logit_std: float = 1.0  # which decide the words
+    timestep_logit_mean_end: float | None = None  # the mean moves there over the last third of max_steps; None: it stays
     text_condition_dropout: float = 0.1  # chance that a sample trains without its text, for guidance
     duration_loss_weight: float = 0.1  # of duration_loss and of share_loss
     alignment_loss_weight: float = 1.0

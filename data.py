@@ -149,6 +149,15 @@ def collate(corpus: Corpus, indices, cfg: Config, tokenise, epoch: int) -> dict[
             "t": torch.sigmoid(torch.tensor(times, dtype=torch.float32)), "drop_text": torch.tensor(drops)}
 
 
+def at_step(cfg: Config, step: int) -> Config:
+    """The config with the mean of the training times that holds at `step`."""
+    if cfg.timestep_logit_mean_end is None:
+        return cfg
+    late = max(0.0, 3 * step / cfg.max_steps - 2)
+    mean = (1 - late) * cfg.timestep_logit_mean + late * cfg.timestep_logit_mean_end
+    return dataclasses.replace(cfg, timestep_logit_mean=mean)
+
+
 class TrainingSteps:
     """Item n is step n's work for one rank: a list of batches, one per accumulation step.
 
@@ -190,7 +199,7 @@ class TrainingSteps:
         micro_batches = []
         for micro in range(cfg.effective_batch_size // cfg.batch_size):
             mine = rank_rows(rows, micro, self.rank, self.world, cfg)
-            batch = collate(self.corpus, mine, cfg, self.tokenise, epoch)
+            batch = collate(self.corpus, mine, at_step(cfg, step), self.tokenise, epoch)
             micro_batches.append(batch | {"frames": torch.tensor(frames), "utterances": torch.tensor(len(rows))})
         return micro_batches
 
