@@ -51,6 +51,9 @@ class Config:
     mel_mean: float | None = None  # None: the corpus's, from dataset_stats.json
     mel_std: float | None = None
 
+    # --- text
+    normalise: bool = True  # write out numbers, abbreviations, … in English words (normalise.py); false: other languages
+
     # --- text encoder: a Hugging Face name or folder, or "random": a small untrained encoder of ByT5's architecture
     text_encoder_name: str = "google/byt5-small"
     train_text_encoder: bool = False  # false: frozen
@@ -121,7 +124,6 @@ class Config:
     eval_steps: int = 16  # Euler steps
     eval_cfg_scale: float = 1.5  # 1: no guidance, 0: no text
     eval_temperature: float = 0.4  # scale of the noise at the start
-    eval_normalise: bool = True  # write out numbers, abbreviations, … of typed texts in English (normalise.py)
     eval_batch_size: int = 16
     # auto: bigvgan on CUDA; on a CPU the learned one where the corpus or the run has it, else griffinlim
     eval_vocoder: Literal["auto", "bigvgan", "learned", "griffinlim"] = "auto"

@@ -9,6 +9,7 @@ Check one with `python data.py DIR`.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -28,6 +29,7 @@ import torch
 import audio
 from common import UserError, first_line, make_folder, progress, remove, replacing
 from config import AUDIO_FIELDS, Config
+from normalise import as_spoken
 
 FRAMES_FILE = "logmel.float16.memmap"
 RECORDINGS = "recordings"  # the folder of kept wavs
@@ -408,6 +410,11 @@ class Corpus:
 
     def __len__(self):
         return len(self.ids)
+
+    @functools.cached_property
+    def spoken(self) -> list[str]:
+        """The texts as they are spoken: with cfg.normalise, numbers, abbreviations and letters are written out."""
+        return [as_spoken(text, self.characters) for text in self.texts] if self.cfg.normalise else self.texts
 
     def mel(self, i: int) -> np.ndarray:
         """Utterance i's log-mel, (frames, n_mels) float16, read-only. Raises UserError if its file is gone or cut off.

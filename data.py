@@ -33,7 +33,7 @@ def fitting_rows(corpus: Corpus, split: str, cfg: Config, tokenise) -> tuple[np.
     tokens than its speech has positions. Raises UserError if most training texts have.
     """
     rows = corpus.split(split, cfg)
-    tokens = np.array([len(tokenise(corpus.texts[i])) for i in rows], dtype=np.int64)
+    tokens = np.array([len(tokenise(corpus.spoken[i])) for i in rows], dtype=np.int64)
     crowded = cfg.alignment_search & (tokens > -(-corpus.frames[rows] // cfg.patch))
     if split == "train" and 2 * crowded.sum() > len(rows):
         helps = 2 * (tokens <= corpus.frames[rows]).sum() > len(rows)
@@ -140,7 +140,7 @@ def collate(corpus: Corpus, indices, cfg: Config, tokenise, epoch: int) -> dict[
             mel = np.concatenate([mel, np.full((tail, cfg.n_mels), audio.LOG_MEL_FLOOR, np.float32)])
         mels.append(audio.normalise(mel, cfg))
         noises.append(rng.standard_normal(mel.shape, dtype=np.float32))
-    tokens = [np.array(tokenise(corpus.texts[i])) for i in indices]
+    tokens = [np.array(tokenise(corpus.spoken[i])) for i in indices]
     mel_lengths = torch.tensor([len(m) for m in mels])
     return {"mel": padded(mels), "noise": padded(noises), "mel_lengths": mel_lengths,
             "speech_lengths": torch.from_numpy(corpus.frames[indices]),

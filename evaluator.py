@@ -51,14 +51,14 @@ class Prompt(NamedTuple):
 
 def file_prompt(text: str, cfg: Config, characters: str) -> Prompt:
     """A prompt that is not an utterance of the corpus. `characters` are those of the voice's texts."""
-    spoken = as_spoken(text, characters) if cfg.eval_normalise else text
+    spoken = as_spoken(text, characters) if cfg.normalise else text
     return Prompt(text, spoken=spoken if spoken != text else "")
 
 
 def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None, characters: str = "") -> list[Prompt]:
     """eval_num_samples prompts of cfg.eval_prompts, drawn with cfg.seed and in their original order. Raises UserError.
 
-    With eval_normalise, those of a file are spoken as `as_spoken` says. `characters` are the voice's; default: the corpus's.
+    With cfg.normalise they are spoken as `as_spoken` says. `characters` are the voice's; default: the corpus's.
     """
     source = cfg.eval_prompts
     if source in ("val", "test", "overfit"):
@@ -77,7 +77,8 @@ def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None
     chosen = sorted(np.random.default_rng(cfg.seed).permutation(len(prompts))[:cfg.eval_num_samples])
     characters = characters or (corpus.characters if corpus else "")
     return [file_prompt(text, cfg, characters) if i is None
-            else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32)) for text, i in (prompts[n] for n in chosen)]
+            else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32), corpus.spoken[i])
+            for text, i in (prompts[n] for n in chosen)]
 
 
 def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> list[np.ndarray | None]:

@@ -2,8 +2,8 @@
 
     python normalise.py 'Dr. Smith paid $45.50.'     # prints: Doctor Smith paid forty-five dollars and fifty cents.
 
-The words are written out for every voice, also if its texts have digits: an English voice can say all words, but a few
-digits in its texts do not teach it all numbers. For another language set eval_normalise: false in the run's config. The
+The texts of a corpus go the same way as those that are typed, so a voice is trained on the words that it will be given. A
+few digits in its texts would not teach it all numbers. For another language set normalise: false in the run's config. The
 characters of the voice's texts decide only which other characters are replaced (`fold`).
 
 num2words spells the numbers, and the patterns are ours. wetext 0.1.8 was tried first. Of 78 lines it read 15 wrongly, such
@@ -78,11 +78,16 @@ def digit_by_digit(text: str) -> str:
     return " ".join(DIGITS[int(c)] for c in text if c in "0123456789")
 
 
+def american(words: str) -> str:
+    """num2words' English without commas and without "and": two hundred five."""
+    return words.replace(",", "").replace(" and ", " ")
+
+
 def cardinal(text: str) -> str:
     """Digits, with commas between thousands and a decimal point or not, as words."""
     whole, point, decimals = text.replace(",", "").partition(".")
     plain = len(whole) > 1 and whole[0] == "0" or len(whole) > 15  # a code rather than a quantity
-    words = digit_by_digit(whole) if plain else num2words(int(whole)).replace(",", "")
+    words = digit_by_digit(whole) if plain else american(num2words(int(whole)))
     return f"{words} point {digit_by_digit(decimals)}" if point else words
 
 
@@ -92,11 +97,11 @@ def plain_digits(c: str) -> str:
 
 
 def ordinal(number: int) -> str:
-    return num2words(number, to="ordinal").replace(",", "")
+    return american(num2words(number, to="ordinal"))
 
 
 def year(text: str) -> str:
-    return num2words(int(text), to="year").replace(",", "")
+    return american(num2words(int(text), to="year"))
 
 
 def in_pairs(text: str) -> str:
@@ -284,6 +289,8 @@ RULES: list[tuple[str, str | Callable]] = [
     (rf"\b({'|'.join(BEFORE_NUMBERS)})\. ?(?=[0-9])", lambda m: BEFORE_NUMBERS[m[1]] + " "),
     (r"\b([Rr]oom|[Ff]light|[Ss]uite|[Hh]ighway|[Rr]oute|[Bb]us|[Gg]ate|[Aa]partment) ([0-9]{3,})\b",
      lambda m: f"{m[1]} {in_pairs(m[2])}"),
+    (r"\b([0-9]{3,4})(?= (?:[A-Z][a-z]+ )+(?:St|Street|Rd|Road|Ave|Avenue|Ln|Lane|Dr|Drive|Blvd|Boulevard)\b)",
+     lambda m: in_pairs(m[1])),
     (r"\b([0-9][0-9,]*)(?:st|nd|rd|th)\b", lambda m: ordinal(int(m[1].replace(",", "")[:15]))),
     (r"\b[vV](?:\. ?)?(?=[0-9]+\.[0-9])", "version "),
     (r"\b([0-9]+(?:\.[0-9]+){2,})\b", lambda m: " point ".join(map(cardinal, m[1].split(".")))),

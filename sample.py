@@ -199,7 +199,7 @@ def load_voice(args: argparse.Namespace) -> tuple:
     for name in ("steps", "cfg_scale", "temperature"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(cfg, f"eval_{name}"))
-    args.normalise = cfg.eval_normalise and not args.no_normalise
+    args.normalise = cfg.normalise and not args.no_normalise
     cfg.eval_vocoder, cfg.eval_vocoder_model = args.vocoder, args.vocoder_model or cfg.eval_vocoder_model
     return model, load_vocoder(cfg, device), ckpt
 

@@ -44,7 +44,7 @@ def load_model(cfg: Config, ranks: Ranks) -> tuple[Corpus, TTS]:
     torch.manual_seed(cfg.seed)
     model = TTS(cfg).to(ranks.device)
     about = describe(corpus, cfg, model.tokenise)
-    tokens = {corpus.ids[i]: len(model.tokenise(corpus.texts[i])) for i in training_rows(corpus, cfg, model.tokenise)}
+    tokens = {corpus.ids[i]: len(model.tokenise(corpus.spoken[i])) for i in training_rows(corpus, cfg, model.tokenise)}
     if long := [utt_id for utt_id, count in tokens.items() if count > model.most_tokens]:
         raise UserError(f"{len(long)} text(s) of {corpus.dir} have more than the {model.most_tokens} tokens that the text "
                         f"encoder reads, such as those of {long[:5]}; shorten them, or lower block_size")

@@ -213,7 +213,7 @@ def is_sentence(words: list[str]) -> bool:
 
 
 def examples(common: set[str]) -> list[str]:
-    """WordNet's usage examples that are full sentences, with at most one stem that is not `common`, in WordNet's order."""
+    """WordNet's usage examples that are full sentences, with at most two stems that are not `common`, in WordNet's order."""
     found = {}
     for line in wordnet_lines("data.*"):
         for text in re.findall(r'"([^"]+)"', line.split("| ", 1)[-1]):
@@ -223,7 +223,7 @@ def examples(common: set[str]) -> list[str]:
             if (len(words) < 4 or not re.fullmatch(r"[A-Za-z ,.'?!;:-]{18,120}", text) or UNWANTED.search(text) or re.search(
                     r"[A-Z]{2}|\b[a-z]\.|\.\.|--|(?<!\w)'|'(?!\w)|(?<!')\b[B-HJ-Zb-z]\b", text)):
                 continue
-            if is_sentence(words) and sum(stem(word) not in common for word in words) < 2:
+            if is_sentence(words) and sum(stem(word) not in common for word in words) < 3:
                 end = "" if text[-1] in ".?!" else "?" if words[0] in AUXILIARIES and words[1] in SUBJECTS else "."
                 found.setdefault(key(text), text[0].upper() + text[1:] + end)
     return list(found.values())

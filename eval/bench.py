@@ -96,7 +96,7 @@ def compare(benches: dict[str, Bench], device, steps: int) -> None:
     peak, rates = matmul_flops(next(iter(benches.values())).cfg, device), []
     for name, bench in benches.items():
         frames, rows = bench.corpus.frames, bench.batches.indices
-        tokens = statistics.mean(len(bench.model.tokenise(bench.corpus.texts[i])) for i in rows[:200])
+        tokens = statistics.mean(len(bench.model.tokenise(bench.corpus.spoken[i])) for i in rows[:200])
         rates.append(bench.median("frames/s"))
         flops = 3 * decoder_flops_per_frame(bench.cfg, float(frames[rows].mean()), tokens) * rates[-1]
         parts = ", ".join(f"{part} {1e3 * bench.median(part):.1f} ms" for part in PARTS)

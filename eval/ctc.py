@@ -111,7 +111,7 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device=
 
     Without `steps` their number depends on the vocabulary (MANY_WORDS). On a CPU two calls give the same judge.
     """
-    texts = {int(i): normalise_text(corpus.texts[i]) for i in corpus.split("train", cfg)}
+    texts = {int(i): normalise_text(corpus.spoken[i]) for i in corpus.split("train", cfg)}
     targets = {i: torch.tensor([ALPHABET.index(c) + 1 for c in text]) for i, text in texts.items() if text}
     if not targets:
         raise UserError(f"no training text of {corpus.dir} holds a character that the ctc judge knows ({ALPHABET.strip()}); "
@@ -144,7 +144,7 @@ def train_judge(corpus: Corpus, cfg: Config, path: Path, steps: int = 0, device=
     saved = {"model": model.cpu().state_dict(), "width": width, "stride": stride, "mel_mean": mean, "mel_std": std,
              "floor": {}}
     held_out = np.concatenate([corpus.split(split, cfg) for split in ("val", "test")])
-    references = [normalise_text(corpus.texts[i]) for i in held_out]
+    references = [normalise_text(corpus.spoken[i]) for i in held_out]
     hypotheses = CTCJudge(model, saved).transcribe_mels([corpus.mel(i) for i in held_out])
     saved["floor"] = {"cer": jiwer.cer(references, hypotheses), "wer": jiwer.wer(references, hypotheses),
                       "recordings": len(held_out)}

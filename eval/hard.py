@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     cfg = model.cfg = from_flags(flags | {"eval_prompts": source}, base=dataclasses.asdict(model.cfg))
     if cfg.eval_judge == "none":
         raise UserError("eval_judge = 'none': nobody listens; expected whisper")
-    cfg.eval_normalise &= not as_written
+    cfg.normalise &= not as_written
     prompts = [file_prompt(text, cfg, ckpt.get("characters", "")) for _, text, _ in rows]
     out = Path(out or Path(path).parent / "eval" / "hard")
     evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path)

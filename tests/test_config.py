@@ -197,7 +197,7 @@ def test_any_flag_gives_a_config_or_a_user_error(flags, name, text):
         return
     for name in FIELDS:
         value = getattr(cfg, name)
-        assert type(value) is KINDS[name] or (value is None and name in ("mel_mean", "mel_std")), name
+        assert type(value) is KINDS[name] or (value is None and name in ("mel_mean", "mel_std", "timestep_logit_mean_end")), name
 
 
 @pytest.mark.parametrize("flags, key, value", [
@@ -218,7 +218,7 @@ def test_impossible_configs_are_refused(flags, key, value):
 
 
 @pytest.mark.parametrize("value, names", [
-    ("-1", set(OF_KIND[int] + OF_KIND[float]) - {"mel_mean", "timestep_logit_mean", "rope_gamma"}), ("2", set(PROBABILITY)),
+    ("-1", set(OF_KIND[int] + OF_KIND[float]) - {"mel_mean", "timestep_logit_mean", "timestep_logit_mean_end", "rope_gamma"}), ("2", set(PROBABILITY)),
     ("0", {"loader_threads", "max_steps", "layers", "learning_rate", "adamw_learning_rate", "batch_size", "eval_steps"})])
 def test_numbers_out_of_range_are_refused(value, names):
     for name in names:

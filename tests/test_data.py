@@ -21,7 +21,7 @@ import data
 from common import UserError
 from config import Config
 from corpus import Corpus, Utterance, write_corpus
-from data import TrainingSteps
+from data import TrainingSteps, at_step
 from model import byte_tokens
 
 
@@ -163,7 +163,7 @@ def test_a_batch_holds_padded_samples_that_do_not_depend_on_each_other(corpus, i
     assert batch["tokens"].dtype == torch.int64 and batch["drop_text"].dtype == torch.bool
     floor = audio.normalise(audio.LOG_MEL_FLOOR, CFG)
     for n, i in enumerate(indices):
-        speech, frames, tokens = int(corpus.frames[i]), int(batch["mel_lengths"][n]), tokenise(corpus.texts[i])
+        speech, frames, tokens = int(corpus.frames[i]), int(batch["mel_lengths"][n]), tokenise(corpus.spoken[i])
         assert frames == speech + data.silence_frames(data.sample_rng(CFG, epoch, i), CFG)
         expected = (np.asarray(corpus.mel(i), np.float32) - CFG.mel_mean) / CFG.mel_std
         np.testing.assert_allclose(batch["mel"][n, :speech], expected, atol=1e-5)
@@ -284,3 +284,18 @@ def test_a_corpus_that_vanishes_under_a_loader_gives_one_line(corpus, tmp_path):
         for _ in range(50):  # a few steps were made before
             next(loader)
     assert list(loader) == [] and threading.active_count() == before
+
+
+def test_the_times_move_in_the_last_third():
+    cfg = Config(max_steps=300, timestep_logit_mean=1.6, timestep_logit_mean_end=0.4)
+    assert [round(at_step(cfg, step).timestep_logit_mean, 6) for step in (0, 200, 250, 300)] == [1.6, 1.6, 1.0, 0.4]
+    assert at_step(Config(max_steps=300), 299) == Config(max_steps=300)
+
+
+def test_a_step_has_the_times_of_its_place_in_the_run(demo_corpus):
+    plain = Config(data_dir=str(demo_corpus), mel_mean=-5.0, mel_std=2.0, effective_batch_size=8, batch_size=8, max_steps=30)
+    moving = dataclasses.replace(plain, timestep_logit_mean_end=0.4)
+    corpus = Corpus(str(demo_corpus), plain)
+    for step, shift in ((3, 0.0), (29, 1.2 * (3 * 29 / 30 - 2))):
+        a, b = (torch.logit(TrainingSteps(corpus, cfg, byte_tokens, 0, 1)[step][0]["t"]) for cfg in (plain, moving))
+        torch.testing.assert_close(a - b, torch.full_like(a, shift), atol=1e-3, rtol=0)

@@ -22,7 +22,7 @@ CORPUS = " !',-.:;?" + ROMAN_LETTERS  # of a corpus whose numbers are spelled ou
 CASES = {
     "numbers": """
         I have 3 cats and 12 dogs. -> I have three cats and twelve dogs.
-        There were 1,234 people. -> There were one thousand two hundred and thirty-four people.
+        There were 1,234 people. -> There were one thousand two hundred thirty-four people.
         It weighs 0.05 and not -5. -> It weighs zero point zero five and not minus five.
         The year 1984 was cold. -> The year nineteen eighty-four was cold.
         Agent 007 is in room 101. -> Agent zero zero seven is in room one oh one.
@@ -175,7 +175,7 @@ def test_sample_shows_what_it_speaks(checkpoint, tmp_path, capsys):
     raw, warning = shown(checkpoint, tmp_path, capsys, "--no-normalise")
     assert raw == "It’s 5 p.m. Pay $7." and "do not contain '$' '5' '7' '’';" in warning
     ckpt = torch.load(checkpoint, weights_only=True)
-    torch.save(ckpt | {"config": ckpt["config"] | {"eval_normalise": False}}, tmp_path / "german.pt")
+    torch.save(ckpt | {"config": ckpt["config"] | {"normalise": False}}, tmp_path / "german.pt")
     assert shown(tmp_path / "german.pt", tmp_path, capsys)[0] == raw
 
 
@@ -191,7 +191,7 @@ def test_evaluations_of_a_file_speak_the_words(checkpoint, tmp_path, normalise):
     (tmp_path / "prompts.txt").write_text("Pay $7.\nYes.\n")
     evaluator.main(["--ckpt", str(checkpoint), "--prompts", str(tmp_path / "prompts.txt"), "--out_dir", str(tmp_path / "out"),
                     "--eval_judge", "none", "--eval_steps", "1", "--eval_vocoder", "griffinlim", "--device", "cpu",
-                    "--eval_normalise", normalise])
+                    "--normalise", normalise])
     first, second = map(json.loads, (tmp_path / "out" / "wer.jsonl").read_text().splitlines())
     assert (first["reference"], second["reference"]) == ("Pay $7.", "Yes.") and "spoken" not in second
     assert first.get("spoken") == ("Pay seven dollars." if normalise == "true" else None)

@@ -104,7 +104,7 @@ def training_batches(corpus: Corpus, cfg: Config, tokens):
     rows = corpus.split("train", cfg)
     if len(rows) < BATCH_SIZE:
         raise UserError(f"{corpus.dir} has {len(rows)} training utterances; expected at least a batch of {BATCH_SIZE}")
-    ids = [tokens(corpus.texts[i]) for i in progress(rows, desc="phonemes", unit="utt")]
+    ids = [tokens(corpus.spoken[i]) for i in progress(rows, desc="phonemes", unit="utt")]
     return (make_batch([corpus.mel(rows[n]) for n in batch], [ids[n] for n in batch], cfg) for epoch in itertools.count()
             for batch in epoch_batches(corpus.frames[rows], BATCH_SIZE, cfg.seed, epoch, buckets=False))
 
