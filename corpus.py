@@ -33,6 +33,7 @@ from normalise import as_spoken
 
 FRAMES_FILE = "logmel.float16.memmap"
 RECORDINGS = "recordings"  # the folder of kept wavs
+KEPT = 400  # training recordings to keep for a vocoder: about a quarter of an hour
 INDEX = pa.schema([("utt_id", pa.string()), ("text", pa.string()), ("split", pa.string()), ("duration_sec", pa.float64()),
                    ("num_frames", pa.int64()), ("shard", pa.int64()), ("row", pa.int64())])
 SPLITS = ("train", "val", "test")

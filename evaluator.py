@@ -36,7 +36,8 @@ from model import TTS, byte_tokens
 from normalise import as_spoken
 from sample import fits, read_pieces, sample
 from text import has_words
-from vocoder import load_vocoder, vocoder_kind
+from train_vocoder import train_if_missing
+from vocoder import load_vocoder, vocoder_name
 
 COPIES = 8  # number of prompts whose recordings the vocoder copies during training, and whose sound is measured
 # (DNSMOS takes 0.3 s a wav on one core)
@@ -97,15 +98,12 @@ def read_recordings(folder: str | None, prompts: list[Prompt], cfg: Config) -> l
 def prepare(cfg: Config, corpus: Corpus, tokenise, ranks: Ranks, evaluated: bool) -> list[Prompt]:
     """The prompts of a run. Loads vocoder and judge once, so that a missing download is an error now and not hours later.
 
-    An eval_judge of "auto" becomes the judge that was chosen, on all ranks. If the run was `evaluated` before, only warn: a
-    missing judge should not stop a long training. Raises UserError.
+    If the run was `evaluated` before, only warn: a missing judge should not stop a long training. Raises UserError.
     """
-    chosen = [choose_judge(cfg, ranks.device) if ranks.rank == 0 else None]
-    if ranks.world > 1:
-        dist.broadcast_object_list(chosen)
-    cfg.eval_judge = chosen[0]
     prompts = load_prompts(cfg, tokenise, corpus)
     try:
+        if ranks.rank == 0:
+            train_if_missing(cfg, ranks.device)
         load_vocoder(cfg, ranks.device)
         if ranks.rank == 0:
             judge = load_judge(cfg, ranks.device)
@@ -118,6 +116,16 @@ def prepare(cfg: Config, corpus: Corpus, tokenise, ranks: Ranks, evaluated: bool
             raise
         warn(f"evaluations will fail: {e}")
     return prompts
+
+
+def agree_on_judge(cfg: Config, ranks: Ranks) -> None:
+    """Let an eval_judge of "auto" become the judge that rank 0 chooses, on all ranks, if the run has evaluations."""
+    if not cfg.eval_interval:
+        return
+    chosen = [choose_judge(cfg, ranks.device) if ranks.rank == 0 else None]
+    if ranks.world > 1:
+        dist.broadcast_object_list(chosen)
+    cfg.eval_judge = chosen[0]
 
 
 def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ranks, step: int, ckpt: str,
@@ -140,7 +148,7 @@ def evaluate(model: TTS, cfg: Config, prompts: list[Prompt], out_dir, ranks: Ran
     voice.compare_voices(rows)
     summary = {"step": step, "ckpt": ckpt, "prompts": cfg.eval_prompts, "count": len(rows)} | measures.figures(rows) | facts
     summary |= {"steps": cfg.eval_steps, "cfg_scale": cfg.eval_cfg_scale, "temperature": cfg.eval_temperature,
-                "seed": cfg.seed, "vocoder": vocoder_kind(cfg, ranks.device),
+                "seed": cfg.seed, "vocoder": vocoder_name(cfg, ranks.device),
                 "spoken_seconds": sum(row["predicted_seconds"] for row in rows), "total_seconds": time.time() - start}
     with on_all_ranks(ranks):
         if ranks.rank == 0:
@@ -235,7 +243,7 @@ def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_second
             traceback.print_exc()
         return
     if metrics:
-        rates = {f"eval/{name}": summary[name] for name in ("wer", "cer", "vocoded_wer", "vocoded_cer")
+        rates = {f"eval/{name}": summary[name] for name in ("wer", "cer", "vocoded_wer", "vocoded_cer", "recording_wer", "recording_cer")
                  if summary[name] is not None}
         if "eval/cer" in rates and summary["cer"] <= metrics.best("eval/cer"):
             metrics.attempt("best.pt", link_checkpoint, numbered, out / "best.pt")
@@ -254,7 +262,8 @@ def judge_recordings(cfg: Config, folder: str, device) -> dict:
         raise UserError("eval_judge = 'none': there is no judge for the recordings; expected whisper or ctc")
     prompts = load_prompts(cfg)
     wavs, judge = read_recordings(folder, prompts, cfg), load_judge(cfg, device)
-    rows = [row for row in listen(judge, [prompt.text for prompt in prompts], wavs, cfg) if row["edits"]]
+    texts = [p.spoken or p.text if cfg.eval_judge == "ctc" else p.text for p in prompts]
+    rows = [row for row in listen(judge, texts, wavs, cfg) if row["edits"]]
     if not rows:
         raise UserError(f"no recording in {folder} has a text that the judge {judge.name} can transcribe")
     return {"judge": judge.name, "count": len(rows), **measures.error_rates(rows)}
@@ -321,8 +330,7 @@ def main(argv: list[str]) -> None:
     model, ckpt = load_checkpoint(path, device)
     cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
     cfg.eval_judge = choose_judge(cfg, device)
-    run = Path(path) if os.path.isdir(path) else Path(path).parent  # an exported folder keeps its own evaluations
-    out = Path(out_dir or run / "eval" / f"manual_{ckpt['step']:08d}")
+    out = Path(out_dir or Path(cfg.out_dir) / "eval" / f"manual_{ckpt['step']:08d}")
     prompts = load_prompts(cfg, model.tokenise, characters=ckpt.get("characters", ""))
     if missing := voice.missing_packages():
         tell(missing)

@@ -259,6 +259,10 @@ RULES: list[tuple[str, str | Callable]] = [
     (r"(?i)\b((?:zip|code|pin|account|extension)(?: code| number)?(?: is)?) ([0-9]{3,})\b",
      lambda m: f"{m[1]} {digit_by_digit(m[2])}"),
     (r"_+", " "),
+    # ranges of times, and ages
+    (r"(?<=[0-9]) ?[-–] ?(?=[0-9]{1,2}(?::[0-9]{2})?(?: ?[AaPp]\.?[Mm]\b| ?o'clock))", " to "),
+    (r"(?<=[0-9]:[0-9]{2}) ?[-–] ?(?=[0-9]{1,2}:)", " to "),
+    (r"(?<=[0-9])-(?=[a-z]{3})", " "),
     # dates and times
     (r"(?<![\w/-])(?:([0-9]{4})-([0-9]{1,2})-([0-9]{1,2})|([0-9]{1,2})/([0-9]{1,2})/([0-9]{4}))(?![\w/-])", numeric_date),
     (rf"\b({'|'.join(d[:3] for d in WEEKDAYS)})\.?(?=,? (?:[0-9]|{SOME_MONTH}))",

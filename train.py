@@ -125,6 +125,7 @@ def main(argv: list[str]) -> None:
     restarted = any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), ranks)  # by torchrun, after a rank had died
     if restarted and ((out / "latest.pt").exists() or not cfg.resume):
         cfg.resume = "latest"
+    evaluator.agree_on_judge(cfg, ranks)
     evaluated = any_rank(any(out.glob("eval/*/summary.json")), ranks)
     with on_all_ranks(ranks):
         corpus, model = load_model(cfg, ranks)

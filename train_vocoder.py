@@ -1,8 +1,10 @@
-"""Train the learned vocoder: on a corpus's recordings, then on a voice's own log-mels. Two minutes each on two cores.
+"""Train the learned vocoder: on a corpus's recordings, then on a voice's own log-mels.
 
     python train_vocoder.py --data_dir data/joe_bigvgan       # from its recordings/; the result lies beside the corpus
     python train_vocoder.py --ckpt RUN/latest.pt              # then on the voice's log-mels; it lies beside the run
     python train_vocoder.py --data_dir data/ljspeech_bigvgan --recordings LJSpeech-1.1/wavs
+
+A run without a GPU does the first by itself, before its first step. Two minutes each on two cores.
 """
 import argparse
 import dataclasses
@@ -18,11 +20,10 @@ from checkpoint import load_checkpoint
 from common import UserError, progress, run_cli, tell
 from config import Config
 from corpus import RECORDINGS, Corpus
-from data import collate
+from data import collate, training_rows
 from model import TTS
-from vocoder import LEARNED, QUIET, Magnitudes, load_learned, save_learned
+from vocoder import LEARNED, QUIET, Magnitudes, load_learned, save_learned, vocoder_kind
 
-KEPT = 400  # training recordings that a prepare script keeps for this: about a quarter of an hour
 WIDTH, BLOCKS = 144, 4  # 0.67 million parameters; 2.3 million were no better after equal minutes
 STEPS, BATCH, FRAMES = 2400, 16, 96
 PEAK_LR, WARMUP = 1e-3, 30
@@ -53,7 +54,9 @@ def own_log_mels(model: TTS, corpus: Corpus, rows: list[int], seed: int) -> dict
         batch = collate(corpus, part, still, model.tokenise, seed)
         batch["t"] = torch.empty(len(part)).uniform_(0.3, 0.95, generator=generator)
         text = model.encode(batch["tokens"], batch["token_lengths"])
-        alignment, share, _ = model.search(batch, text)
+        share, alignment = model.durations(text, batch["token_lengths"])[1].exp(), None
+        if model.cfg.alignment_search:
+            alignment, share, _ = model.search(batch, text)
         x_t, velocity = model.flow(batch, text, share, alignment)
         for i, guess in zip(part, x_t - batch["t"][:, None, None] * velocity):
             guessed[i] = audio.denormalise(guess[:corpus.frames[i]], model.cfg).clone()
@@ -105,6 +108,17 @@ def read_pairs(folder: Path, ids: list[str], cfg: Config) -> dict[str, tuple]:
     return pairs
 
 
+def train_if_missing(cfg: Config, device) -> None:
+    """Train a corpus's vocoder if it would be used and is not there, and there are recordings enough to learn from."""
+    folder = Path(cfg.data_dir, RECORDINGS)
+    if vocoder_kind(cfg, device) != "griffinlim" or cfg.eval_vocoder != "auto" or not folder.is_dir():
+        return
+    try:
+        train_on_recordings(cfg.data_dir, cfg)
+    except UserError as e:
+        tell(f"the vocoder is Griffin-Lim, because {e}")
+
+
 def train_on_recordings(data_dir: str, cfg: Config, recordings: Path | None = None) -> Path:
     """Train a vocoder on a corpus's recordings, and write it beside the corpus. Returns its path. Raises UserError."""
     corpus, start = Corpus(data_dir, cfg), time.time()
@@ -123,12 +137,12 @@ def train_on_recordings(data_dir: str, cfg: Config, recordings: Path | None = No
 def train_on_voice(ckpt: str, recordings: Path | None = None) -> Path:
     """Train a voice's vocoder further, on its own log-mels, and write it beside the checkpoint. Raises UserError."""
     start, (model, _) = time.time(), load_checkpoint(ckpt, "cpu")
-    cfg, folder = model.cfg, Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    cfg, folder = model.cfg, Path(model.cfg.out_dir)
     corpus = Corpus(cfg.data_dir, cfg)
     learned = corpus.dir / LEARNED
     if not learned.is_file():
         train_on_recordings(cfg.data_dir, cfg, recordings)
-    ids = {corpus.ids[i]: int(i) for i in corpus.split("train", cfg)}
+    ids = {corpus.ids[i]: int(i) for i in training_rows(corpus, cfg, model.tokenise)}
     pairs = read_pairs(recordings or corpus.dir / RECORDINGS, list(ids), cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,5 @@
 """Log-mels to sound: BigVGAN, Griffin-Lim, and Griffin-Lim on magnitudes that a small network learned from recordings."""
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio import hann, mel_inverse
-from common import UserError, first_line, replacing
+from common import UserError, replacing
 from config import AUDIO_FIELDS, Config
 
 LEARNED = "vocoder.safetensors"  # the learned vocoder's file, beside a corpus or a voice
@@ -152,17 +153,21 @@ def load_learned(path, device, cfg: Config) -> Magnitudes:
     if path is None:
         raise UserError(f"no learned vocoder ({LEARNED}) in {cfg.out_dir} or {cfg.data_dir}; train it with "
                         "train_vocoder.py, or use the griffinlim vocoder")
+    damaged = UserError(f"{path} is not a learned vocoder, or it is damaged; train it again with train_vocoder.py, or use "
+                        "the griffinlim vocoder")
     try:
         with safetensors.safe_open(path, "pt") as f:
             about, weights = json.loads(f.metadata()["about"]), {k: f.get_tensor(k).float() for k in f.keys()}
         theirs = {k: about[k] for k in AUDIO_FIELDS}
+    except Exception:  # missing file, damaged header or JSON
+        raise damaged from None
+    refuse_other_log_mel(str(path), theirs, cfg)
+    try:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change
             net = Magnitudes(cfg, about["width"], about["blocks"])
         net.load_state_dict(weights)
-    except Exception as e:  # missing file, damaged header, JSON or weights
-        raise UserError(f"{path} is not a learned vocoder, or it is damaged ({type(e).__name__}: {first_line(e)}); train it "
-                        "again with train_vocoder.py, or use the griffinlim vocoder") from None
-    refuse_other_log_mel(str(path), theirs, cfg)
+    except Exception:  # sizes and weights of another network
+        raise damaged from None
     return net.eval().requires_grad_(False).to(device)
 
 
@@ -184,6 +189,12 @@ def vocoder_kind(cfg: Config, device) -> str:
     if cfg.eval_vocoder != "auto":
         return cfg.eval_vocoder
     return "bigvgan" if torch.device(device).type == "cuda" else "learned" if find_learned(cfg) else "griffinlim"
+
+
+def vocoder_name(cfg: Config, device) -> str:
+    """The kind of the vocoder; with the start of its file's SHA-256 if it is a learned one, as several may be compared."""
+    kind = vocoder_kind(cfg, device)
+    return kind if kind != "learned" else f"learned {hashlib.sha256(find_learned(cfg).read_bytes()).hexdigest()[:8]}"
 
 
 def load_vocoder(cfg: Config, device):

@@ -17,6 +17,7 @@ from checkpoint import load_checkpoint
 from common import UserError, pick_device, run_cli, write_file
 from config import from_flags, split_flags
 from distributed import Ranks
+from eval.judge import choose_judge
 from evaluator import evaluate, file_prompt
 from normalise import LETTERS, fold, write_out
 
@@ -66,11 +67,12 @@ def main(argv: list[str]) -> None:
     rows = read_hard_prompts(source)
     model, ckpt = load_checkpoint(path, device)
     cfg = model.cfg = from_flags(flags | {"eval_prompts": source}, base=dataclasses.asdict(model.cfg))
+    cfg.eval_judge = choose_judge(cfg, device)
     if cfg.eval_judge == "none":
         raise UserError("eval_judge = 'none': nobody listens; expected whisper")
     cfg.normalise &= not as_written
     prompts = [file_prompt(text, cfg, ckpt.get("characters", "")) for _, text, _ in rows]
-    out = Path(out or Path(path).parent / "eval" / "hard")
+    out = Path(out or Path(cfg.out_dir) / "eval" / "hard")
     evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path)
     table, counts = ["| group | text | spoken | heard | all words |", "|---|---|---|---|---|"], {}
     for (group, text, words), line in zip(rows, (out / "wer.jsonl").read_text(encoding="utf-8").splitlines()):

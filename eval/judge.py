@@ -71,6 +71,8 @@ def choose_judge(cfg: Config, device) -> str:
 
 def load_judge(cfg: Config, device):
     """The judge that cfg.eval_judge names, or None for "none". An "auto" must be chosen before. Raises UserError."""
+    if cfg.eval_judge == "auto":
+        raise ValueError("choose_judge comes first")
     if cfg.eval_judge == "whisper":
         name = cfg.eval_whisper_device
         return WhisperJudge(cfg.eval_whisper_model, device if name == "auto" else pick_device(name))

@@ -151,7 +151,7 @@ def measure_sound(rows: list[dict], wavs: dict[str, list], pairs: list, cfg: Con
 
     For each row, `wavs` has a wav of each kind, and `pairs` the warping of generated to recorded frames; either may be None.
     The embeddings stay in the rows, as arrays, until compare_voices() replaces them. The pitch is compared with that of the
-    recording, or of the vocoder's copy where there is none.
+    vocoder's copy, which every evaluation of a corpus has, or else of the recording.
     """
     score, embed = load_dnsmos(cfg), load_embedder(cfg)
     for n, row in enumerate(rows):
@@ -164,12 +164,12 @@ def measure_sound(rows: list[dict], wavs: dict[str, list], pairs: list, cfg: Con
             row.update({prefix + name: value for name, value in found.items()})
             if embed:
                 row[f"{prefix}embedding"] = embed(wav)
-        reference = pitches.get("recording", pitches.get("vocoded"))
+        reference = pitches.get("vocoded", pitches.get("recording"))
         if reference is not None and pairs[n] is not None:
             row["f0_correlation"] = pitch_correlation(pitches["audio"], reference, pairs[n])
         if "recording" in pitches and "vocoded" in pitches:
             same = np.arange(len(pitches["vocoded"]))
-            row["vocoded_f0_correlation"] = pitch_correlation(pitches["vocoded"], reference, np.stack([same, same], axis=1))
+            row["vocoded_f0_correlation"] = pitch_correlation(pitches["vocoded"], pitches["recording"], np.stack([same, same], axis=1))
 
 
 def compare_voices(rows: list[dict]) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -13,7 +14,11 @@ from test_model import small_model
 import evaluator
 import sample
 from common import UserError
+from config import Config
+from corpus import Corpus, Utterance, write_corpus
+from data import collate
 from eval.hard import all_heard, read_hard_prompts
+from model import byte_tokens
 from normalise import as_spoken, fold, write_out
 from text import read_sentences
 
@@ -218,3 +223,16 @@ def test_words_are_heard_in_order_and_alone_in_some_groups():
     assert all_heard("five dollars", "It costs $5 now.", "money") and not all_heard("dollars five", "It costs $5.", "money")
     assert all_heard("b|bee", "B.", "letter") and not all_heard("b|bee", "It is B.", "letter")
     assert not all_heard("five five", "five", "number") and all_heard("five five", "55 5 5", "number")
+
+
+def test_a_corpus_is_trained_and_evaluated_on_what_its_texts_mean(tmp_path):
+    """The model reads the words that a typed text would become; the judge and the index keep the text as written."""
+    texts = ["It costs $5.", "Room 12.", "Yes, it is.", "No."]
+    utterances = [Utterance(f"u{n}", text, split, text) for n, (text, split) in enumerate(zip(texts, ("train", "train", "val", "test")))]
+    write_corpus(str(tmp_path / "c"), utterances, lambda _, rate: np.random.default_rng(0).normal(size=20000).astype(np.float32) / 9,
+                 Config(), workers=1)
+    corpus = Corpus(str(tmp_path / "c"), Config())
+    assert corpus.texts == texts and corpus.spoken == ["It costs five dollars.", "Room twelve.", "Yes, it is.", "No."]
+    assert Corpus(str(tmp_path / "c"), Config(normalise=False)).spoken == texts
+    batch = collate(corpus, [0], Config(mel_mean=0.0, mel_std=1.0), byte_tokens, 0)
+    assert batch["tokens"][0].tolist() == byte_tokens("It costs five dollars.")

@@ -95,11 +95,11 @@ def test_the_command_follows_the_environment(script, demo_corpus, scontrol):
     two = alone | {"--nproc-per-node": "2", "--max-restarts": "0"}
     assert got["two ranks"] == (torchrun, two, [*arguments, "--nproc", "2"])
     assert got["restarts"] == (torchrun, alone | {"--max-restarts": "2"}, arguments)
-    meet = common | {"--nnodes": "2", "--rdzv-backend": "c10d", "--rdzv-endpoint": "10.0.0.1:29500", "--rdzv-id": "demo",
+    meet = common | {"--nnodes": "2", "--rdzv-backend": "c10d", "--rdzv-endpoint": "10.0.0.1:29500", "--rdzv-id": "grammar",
                      "--max-restarts": "3"}
     assert got["by hand"] == (machines, meet, [*arguments, "--resume", "latest"])
     assert got["named"] == (machines, meet | {"--rdzv-id": "mine", "--max-restarts": "0"}, [*arguments, "--resume", "x.pt"])
-    slurm = meet | {"--rdzv-id": "4123-demo"}
+    slurm = meet | {"--rdzv-id": "4123-grammar"}
     assert got["srun"] == (machines, slurm | {"--rdzv-endpoint": "node07:16230"}, [*arguments, "--resume", "latest"])
     assert got["srun, but"] == (machines, slurm, [*arguments, "--resume", "latest"])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import audio
+import vocoder
 from config import Config
 from eval import voice
 
@@ -65,7 +66,7 @@ def test_noise_and_silence_have_no_pitch():
 @pytest.mark.slow
 def test_griffin_lim_keeps_the_pitch():
     wav = tone(melody(180))
-    copy = audio.griffin_lim(audio.log_mel(wav, CFG), CFG)
+    copy = vocoder.griffin_lim(audio.log_mel(wav, CFG), CFG)
     f0, copied = voice.pitch(wav, CFG), voice.pitch(copy, CFG)
     assert voice.pitch_correlation(copied, f0, same_frames(f0)) > 0.9
 
@@ -106,7 +107,7 @@ def test_a_wav_is_more_like_itself_than_like_another_voice(demo_corpus):
     pytest.importorskip("resemblyzer")
     from corpus import Corpus
     corpus, embed = Corpus(str(demo_corpus), CFG), voice.load_embedder(CFG)
-    a, b = (audio.griffin_lim(torch.from_numpy(corpus.mel(i).astype(np.float32)), CFG) for i in (0, 1))
+    a, b = (vocoder.griffin_lim(torch.from_numpy(corpus.mel(i).astype(np.float32)), CFG) for i in (0, 1))
     higher = audio.resample(a, 22050, 15000)  # the same words in another voice
     one, same, other = map(embed, (a, b, higher))
     assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5) and one @ same > one @ other

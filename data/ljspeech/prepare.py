@@ -12,11 +12,10 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-import train_vocoder
 from audio import read_wav
 from common import UserError, first_line, make_folder, progress, replacing, run_cli
 from config import Config
-from corpus import Utterance, hash_splits, refuse_existing, write_corpus
+from corpus import KEPT, Utterance, hash_splits, refuse_existing, write_corpus
 
 NAME = "LJSpeech-1.1"  # of the archive's only folder, and of the folder that we unpack to
 URL = f"https://data.keithito.com/data/speech/{NAME}.tar.bz2"
@@ -119,8 +118,7 @@ def main(argv: list[str]) -> None:
             download(args.url, archive, args.sha256)
         unpack(archive, source)
     write_corpus(args.out, read_metadata(source), read_wav, Config(), args.workers, args.strict, args.force,
-                 recordings=train_vocoder.KEPT)
-    train_vocoder.train_on_recordings(args.out, Config())
+                 recordings=KEPT)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import audio
-import train_vocoder
 from common import UserError, first_line, make_folder, progress, remove, run_cli, write_file
 from config import Config
-from corpus import Corpus, Utterance, hash_splits, refuse_existing, write_corpus
+from corpus import KEPT, Corpus, Utterance, hash_splits, refuse_existing, write_corpus
 from everyday import TEST, VAL, everyday_lines
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -181,8 +180,7 @@ def main(argv: list[str]) -> None:
     wavs = keep_folder(args.keep_wavs, args.force) if args.keep_wavs else None
     read = functools.partial(read_aloud, voice=voice, seed=args.seed, wavs=wavs)
     write_corpus(args.out, utterances, read, Config(), args.workers, args.strict, args.force,
-                 recordings=train_vocoder.KEPT)
-    train_vocoder.train_on_recordings(args.out, Config())
+                 recordings=KEPT)
     if wavs:
         finish_folder(args.keep_wavs, args.out, utterances, read, Config())
 

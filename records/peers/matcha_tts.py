@@ -27,6 +27,7 @@ from config import Config, load_config, to_yaml
 from corpus import Corpus
 from data import epoch_batches, padded
 from distributed import Ranks
+from eval.judge import choose_judge
 from eval.measures import markdown
 from metric import Metrics, provenance
 from model import byte_tokens
@@ -150,7 +151,8 @@ def evaluate_checkpoint(peer: Peer, cfg: Config, path: str, out: str | None, ran
     except Exception as e:  # torch and pickle raise many types
         raise UserError(f"--ckpt {path} is not a checkpoint of this script ({type(e).__name__}: {first_line(e)})") from None
     folder = Path(out or Path(path).parent / "eval" / f"{Path(cfg.eval_prompts).stem}_{ckpt['step']:08d}")
-    summary = evaluator.evaluate(peer, cfg, evaluator.load_prompts(cfg), folder, ranks, ckpt["step"], path, floors=True)
+    prompts = evaluator.load_prompts(cfg)
+    summary = evaluator.evaluate(peer, cfg, prompts, folder, ranks, ckpt["step"], path, True, sounds=len(prompts))
     print(f"{markdown(summary)}\n{folder}: Matcha-TTS after {ckpt['train_seconds'] / 60:.1f} minutes, lr {ckpt['lr']:g}")
 
 
@@ -176,7 +178,9 @@ def main(argv: list[str]) -> None:
         setattr(cfg, name, value)
     torch.manual_seed(cfg.seed)
     peer = load_peer(cfg.mel_mean, cfg.mel_std)
+    cfg.eval_judge = choose_judge(cfg, ranks.device)
     if args.ckpt:
+        cfg.out_dir = str(Path(args.ckpt).parent)
         evaluate_checkpoint(peer, cfg, args.ckpt, args.out, ranks)
         return
     cfg.out_dir = args.out or f".artifacts/peers/matcha_{args.lr:g}"
