@@ -169,16 +169,19 @@ def export(model: TTS, step: int, folder: str, characters: str = "") -> None:
     A pretrained text encoder that was not trained is left out: it is loaded again by its name. `characters` are those of the
     corpus's texts. Raises UserError.
     """
-    cfg, state = model.cfg, model.saved_state()
+    state = model.saved_state()
+    # Paths of this machine mean nothing on another
+    judge = model.cfg.eval_whisper_model if not os.path.exists(model.cfg.eval_whisper_model) else Config().eval_whisper_model
+    cfg = dataclasses.replace(model.cfg, out_dir="", resume="", eval_whisper_model=judge)
     if os.path.exists(folder):
         raise UserError(f"{folder} exists already; name another folder to export to, or delete it")
-    weights, learned = safetensors.torch.save({name: weight.half() for name, weight in state.items()}), find_learned(cfg)
+    weights, learned = safetensors.torch.save({name: weight.half() for name, weight in state.items()}), find_learned(model.cfg)
     about = {"step": step, "mel_mean": cfg.mel_mean, "mel_std": cfg.mel_std, "characters": characters,
              "model_sha256": hashlib.sha256(weights).hexdigest()}
     with replacing(Path(folder)) as tmp:
         tmp.mkdir(parents=True)
         (tmp / "model.safetensors").write_bytes(weights)
-        (tmp / "config.yaml").write_text(to_yaml(dataclasses.replace(cfg, out_dir="")), encoding="utf-8")
+        (tmp / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
         if learned:
             (tmp / LEARNED).write_bytes(learned.read_bytes())
         (tmp / "corpus.json").write_text(json.dumps(about, indent=1), encoding="utf-8")

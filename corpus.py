@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import signal
+import string
 from collections import Counter
 from pathlib import Path
 
@@ -415,7 +416,12 @@ class Corpus:
     @functools.cached_property
     def spoken(self) -> list[str]:
         """The texts as they are spoken: with cfg.normalise, numbers, abbreviations and letters are written out."""
-        return [as_spoken(text, self.characters) for text in self.texts] if self.cfg.normalise else self.texts
+        known = self.characters + string.ascii_letters  # a number's words can have letters that no text has
+        return [as_spoken(text, known) for text in self.texts] if self.cfg.normalise else self.texts
+
+    @property
+    def spoken_characters(self) -> str:
+        return "".join(sorted(set().union(*self.spoken)))
 
     def mel(self, i: int) -> np.ndarray:
         """Utterance i's log-mel, (frames, n_mels) float16, read-only. Raises UserError if its file is gone or cut off.

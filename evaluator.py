@@ -76,7 +76,7 @@ def load_prompts(cfg: Config, tokenise=byte_tokens, corpus: Corpus | None = None
     if not prompts:
         raise UserError(f"eval_prompts: found no prompts in {source}; expected a text per line")
     chosen = sorted(np.random.default_rng(cfg.seed).permutation(len(prompts))[:cfg.eval_num_samples])
-    characters = characters or (corpus.characters if corpus else "")
+    characters = characters or (corpus.spoken_characters if corpus else "")
     return [file_prompt(text, cfg, characters) if i is None
             else Prompt(text, corpus.ids[i], corpus.mel(i).astype(np.float32), corpus.spoken[i])
             for text, i in (prompts[n] for n in chosen)]
@@ -243,8 +243,8 @@ def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_second
             traceback.print_exc()
         return
     if metrics:
-        rates = {f"eval/{name}": summary[name] for name in ("wer", "cer", "vocoded_wer", "vocoded_cer", "recording_wer", "recording_cer")
-                 if summary[name] is not None}
+        names = [kind + rate for kind in ("", "vocoded_", "recording_") for rate in ("wer", "cer")]
+        rates = {f"eval/{name}": summary[name] for name in names if summary[name] is not None}
         if "eval/cer" in rates and summary["cer"] <= metrics.best("eval/cer"):
             metrics.attempt("best.pt", link_checkpoint, numbered, out / "best.pt")
         others = {f"eval/{name}": summary[name] for name in ("alignment_score", *measures.SOUND_NAMES)

@@ -64,6 +64,8 @@ SHORT_WORDS = set("am an and any are as ask at bad be big bus but buy by bye can
                   "they this to top try two up use war was way we who why win with yes yet you your ok".split())
 SAID_AS_WORDS = set("nasa nato aids gif ram rom pin sim opec fifa unesco unicef covid laser radar".split())
 SPELLED = set("ymca yaml aarp asap ieee iphone api usa usb url uae eu uk us un id ai io ui ip ac".split())
+# Words in capitals at the start of a sentence that stand before a saint or a doctor, and not before a street's "St."
+BEFORE_SAINTS = set("In At To From Near Visit Is Was And But Or Of On By With For As Dear Ask Call See Meet Thanks".split())
 LETTER_FOLLOWS = ("plan|vitamin|type|grade|option|section|group|letter|class|exhibit|gate|platform|part|point|row|team|unit|"
                   "appendix|answer|drive|block|size|note|hepatitis|apartment|building|terminal|zone|line|model")
 TOP_LEVEL = "com org net edu gov io co uk de fr eu us info dev ai tv me ca au nl ch app".split()
@@ -217,7 +219,7 @@ def decade(m: re.Match) -> str:
 
 def fraction(m: re.Match) -> str:
     whole, over, under = m[1], int(m[2]), int(m[3])
-    if (m[2], m[3]) in (("24", "7"), ("9", "11")):
+    if (m[2], m[3]) in (("24", "7"), ("9", "11"), ("50", "50")):
         return f"{cardinal(m[2])} {cardinal(m[3])}"
     if under not in FRACTIONS or not 0 < over < under:
         return f"{whole or ''}{cardinal(m[2])} over {cardinal(m[3])}"
@@ -240,7 +242,8 @@ def mixed(m: re.Match) -> str:
 
 def street_or_saint(m: re.Match) -> str:
     names = {"St": ("Saint", "Street"), "Dr": ("Doctor", "Drive")}[m[2]]
-    return (m[1] or "") + (names[1] + full_stop(m) if m[1] and not re.match(r"\s+[A-Z]", m.string[m.end():]) else names[0])
+    street = m[1] and (m[1].strip() not in BEFORE_SAINTS or not re.match(r"\s+[A-Z]", m.string[m.end():]))
+    return (m[1] or "") + (names[1] + full_stop(m, "[A-Z]") if street else names[0])
 
 
 def telephone(m: re.Match) -> str:
@@ -258,6 +261,8 @@ RULES: list[tuple[str, str | Callable]] = [
     (r"\+[0-9]{1,3}(?:[ -]?[0-9]{2,4}){2,4}(?!\w)", telephone),
     (r"(?i)\b((?:zip|code|pin|account|extension)(?: code| number)?(?: is)?) ([0-9]{3,})\b",
      lambda m: f"{m[1]} {digit_by_digit(m[2])}"),
+    (r"\b([Cc]all|[Dd]ial) ([0-9]{3})\b", lambda m: f"{m[1]} {digit_by_digit(m[2])}"),
+    (r"\bAT&T\b", "ay tee and tee"),
     (r"_+", " "),
     # ranges of times, and ages
     (r"(?<=[0-9]) ?[-–] ?(?=[0-9]{1,2}(?::[0-9]{2})?(?: ?[AaPp]\.?[Mm]\b| ?o'clock))", " to "),
@@ -280,19 +285,20 @@ RULES: list[tuple[str, str | Callable]] = [
     (rf"\b({'|'.join(CODES)}) ?{AMOUNT}", lambda m: CODES[m[1]] + m[2]),
     (rf"(?<![\w.]){AMOUNT} ?({'|'.join(CODES)})\b", lambda m: CODES[m[2]] + m[1]),
     (rf"(?<!\w)-(?=[$£€¥₹][0-9])|(?<![\w)])[-−](?={AMOUNT})", "minus "),
+    (rf"\b([Aa]n? )\$({AMOUNT})(?= [a-z])", lambda m: f"{m[1]}{cardinal(m[2])} dollar"),  # a $100 bill
     (rf"([$£€¥₹]) ?{AMOUNT}(?: ?(thousand|million|billion|trillion|k|K|mn|m|M|bn|b|B|tn|T)\b)?", money),
     (rf"(?<![\w.]){AMOUNT}¢", lambda m: count(m[1], "cent cents")),
     (r"(?<![\w/.])([0-9]+ )?([0-9]{1,3})/([0-9]{1,3})(?![\w/])", fraction),
-    (r"(?<!\w)([0-9]+)(?:'|’| ?ft\.? )([0-9]{1,2})(?:\"|”| ?in\b)",
-     lambda m: f"{count(m[1], 'foot feet')} {count(m[2], 'inch inches')}"),
+    (r"(?<!\w)([0-9]+)(?:['’]([0-9]{1,2})(?!\w)[\"”]?|(?: ?ft\.? )([0-9]{1,2})(?:\"|”| ?in\b))",
+     lambda m: f"{count(m[1], 'foot feet')} {count(m[2] or m[3], 'inch inches')}"),
     (rf"(?<![\w.]){AMOUNT}[ \u00a0-]?({'|'.join(sorted(map(re.escape, UNITS), key=len, reverse=True))})(?![\w/])",
      lambda m: count(m[1], UNITS[m[2]])),
     (r"\b((?:dollars?|euros?|pounds?|cents?|miles?|meters?))/(?=[a-z])", lambda m: f"{m[1]} per "),
     # numbers with a word beside them
     (r"(?:#|№ ?)(?=[0-9])", "number "),
     (rf"\b({'|'.join(BEFORE_NUMBERS)})\. ?(?=[0-9])", lambda m: BEFORE_NUMBERS[m[1]] + " "),
-    (r"\b([Rr]oom|[Ff]light|[Ss]uite|[Hh]ighway|[Rr]oute|[Bb]us|[Gg]ate|[Aa]partment) ([0-9]{3,})\b",
-     lambda m: f"{m[1]} {in_pairs(m[2])}"),
+    (r"\b([Rr]oom|[Ff]light|[Ss]uite|[Hh]ighway|[Rr]oute|[Bb]us|[Gg]ate|[Aa]partment)( is)? ([0-9]{3,})\b",
+     lambda m: f"{m[1]}{m[2] or ''} {in_pairs(m[3])}"),
     (r"\b([0-9]{3,4})(?= (?:[A-Z][a-z]+ )+(?:St|Street|Rd|Road|Ave|Avenue|Ln|Lane|Dr|Drive|Blvd|Boulevard)\b)",
      lambda m: in_pairs(m[1])),
     (r"\b([0-9][0-9,]*)(?:st|nd|rd|th)\b", lambda m: ordinal(int(m[1].replace(",", "")[:15]))),
@@ -306,10 +312,10 @@ RULES: list[tuple[str, str | Callable]] = [
     (r"(?<=[A-Za-z])[-–](?=[0-9])", " "),
     (AMOUNT, lambda m: f" {cardinal(m[1])} "),
     # abbreviations, acronyms, letters
-    (r"((?:\b[A-Z][a-z]+) )?\b(St|Dr)\.(?!\w)", street_or_saint),
+    (r"(\b[A-Z][a-z]+(?:['’]s)? )?\b(St|Dr)\.(?!\w)", street_or_saint),
     (rf"\b({'|'.join(map(re.escape, ABBREVIATIONS))})\.(?!\w)", lambda m: ABBREVIATIONS[m[1]] + full_stop(m)),
     (r"\b(?:[A-Za-z]\.){2,}(?!\w)", lambda m: spell(m[0]) + full_stop(m)),
-    (r"\b([B-HJ-Z])\. (?=[A-Z])", lambda m: spell(m[1]) + " "),
+    (r"\b(A)\. (?=[A-Z]\. )|\b([B-HJ-Z])\. (?=[A-Z])", lambda m: spell(m[1] or m[2]) + " "),
     (r"\bw/o\b", "without"), (r"\bw/(?=\s|\w)", "with "),
     (r"\b([A-Z][a-z]+) ([IVX]{2,5}|V)\b", roman),
     (rf"(?i)\b((?:{LETTER_FOLLOWS})) ((?-i:A))\b(?! )", lambda m: f"{m[1]} ay"),

@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
     if args.export is not None:
         model, ckpt = load_checkpoint(args.ckpt, "cpu")
         export(model, ckpt["step"], args.export, ckpt.get("characters", ""))
-        print(f"{args.export}: model.safetensors, config.yaml and corpus.json; speak with --ckpt {args.export}")
+        print(f"{args.export}: {', '.join(sorted(os.listdir(args.export)))}; speak with --ckpt {args.export}")
         return
     model, vocode, ckpt = load_voice(args)
     cfg, out, start = model.cfg, Path(args.out), time.time()

@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
             if step > tried_step and (done or eval_due or save_due):
                 distributed.check_ranks_agree(model, ranks)
                 state = {"train_seconds": train_seconds, "skipped": skipped, "skipped_in_a_row": in_a_row,
-                         "window": window.state(ranks), "corpus": fingerprint, "characters": corpus.characters}
+                         "window": window.state(ranks), "corpus": fingerprint, "characters": corpus.spoken_characters}
                 if metrics:
                     saved = metrics.attempt("the checkpoint", save_checkpoint, cfg, model, optimizers, ema, step, state)
                 tried_step = step

@@ -168,8 +168,8 @@ def measure_sound(rows: list[dict], wavs: dict[str, list], pairs: list, cfg: Con
         if reference is not None and pairs[n] is not None:
             row["f0_correlation"] = pitch_correlation(pitches["audio"], reference, pairs[n])
         if "recording" in pitches and "vocoded" in pitches:
-            same = np.arange(len(pitches["vocoded"]))
-            row["vocoded_f0_correlation"] = pitch_correlation(pitches["vocoded"], pitches["recording"], np.stack([same, same], axis=1))
+            same = np.repeat(np.arange(len(pitches["vocoded"]))[:, None], 2, axis=1)
+            row["vocoded_f0_correlation"] = pitch_correlation(pitches["vocoded"], pitches["recording"], same)
 
 
 def compare_voices(rows: list[dict]) -> None:

@@ -135,7 +135,8 @@ def main(argv: list[str]) -> None:
     flags = ["--config", track.config, *track.flags, *flags]
     cfg = load_config(flags)
     if not (ROOT / cfg.data_dir).exists():
-        call(cfg.prepare_script, "--out", cfg.data_dir)
+        if subprocess.run(["./run.sh", "prepare", *flags], cwd=ROOT).returncode:  # it also installs what the script needs
+            raise UserError(f"the corpus {cfg.data_dir} could not be prepared; nothing was recorded")
     recordings = args.recordings or str(Path(cfg.data_dir, RECORDINGS))
     if cfg.eval_judge == "ctc" and not (ROOT / cfg.data_dir / "judge_ctc.pt").exists():
         call("eval/ctc.py", *flags)

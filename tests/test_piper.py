@@ -180,7 +180,7 @@ def test_broken_voices_are_refused(voice, tmp_path):
 @pytest.mark.slow
 def test_a_reading_depends_on_its_text_and_seed_only(voice):
     def read(text, seed=1, rate=22050):
-        return prepare.read_aloud(f"x|{text}", rate, voice, seed, None)
+        return prepare.read_aloud(f"job|x|{text}", rate, voice, seed, None)
     first = read("Good morning.")
     read("Something else, and longer.")
     assert np.array_equal(read("Good morning."), first) and 0.5 < len(first) / 22050 < 2 and np.abs(first).max() <= 1

@@ -87,14 +87,14 @@ def feed_noise(model, onnx) -> None:
 
 
 def read_aloud(source: str, sample_rate: int, voice: str, seed: int, wavs: Path | None) -> np.ndarray:
-    """Read the text of `source`, "id|text", with a voice file. Returns (samples,) float32 in [-1, 1].
+    """Read the text of `source`, "job|id|text", with a voice file. Returns (samples,) float32 in [-1, 1].
 
     The same text and seed give the same samples. With `wavs`, also write them to wavs/<id>.wav. Raises AudioError.
     """
     if voice not in _voice:
         _voice[voice] = load_voice(voice)
     session, piper = _voice[voice]
-    utt_id, text = source.split("|", 1)
+    _, utt_id, text = source.split("|", 2)
     rng, parts = np.random.default_rng([seed, zlib.crc32(text.encode())]), []
     scales = [piper.config.noise_scale, piper.config.length_scale * rng.uniform(*RATES), piper.config.noise_w_scale]
     for phonemes in piper.phonemize(text):
@@ -176,7 +176,9 @@ def main(argv: list[str]) -> None:
     load_voice(voice)  # so that a mistake is one error here, and not one in each process
     lines = lines or everyday_lines(args.seed)
     ids = [f"{voice_name(voice)}_{n:05d}" for n in range(len(lines))]
-    utterances = [Utterance(i, text, split, f"{i}|{spoken}") for i, (split, text, spoken) in zip(ids, lines)]
+    # with the seed and the voice, so that the shards of another one are not resumed
+    job = f"{args.seed} {hashlib.md5(Path(voice).read_bytes()).hexdigest()}"
+    utterances = [Utterance(i, text, split, f"{job}|{i}|{spoken}") for i, (split, text, spoken) in zip(ids, lines)]
     wavs = keep_folder(args.keep_wavs, args.force) if args.keep_wavs else None
     read = functools.partial(read_aloud, voice=voice, seed=args.seed, wavs=wavs)
     write_corpus(args.out, utterances, read, Config(), args.workers, args.strict, args.force,
