@@ -175,7 +175,8 @@ def export(model: TTS, step: int, folder: str, characters: str = "") -> None:
     cfg = dataclasses.replace(model.cfg, out_dir="", resume="", eval_whisper_model=judge)
     if os.path.exists(folder):
         raise UserError(f"{folder} exists already; name another folder to export to, or delete it")
-    weights, learned = safetensors.torch.save({name: weight.half() for name, weight in state.items()}), find_learned(model.cfg)
+    weights = safetensors.torch.save({name: weight.half() for name, weight in state.items()})
+    learned = find_learned(model.cfg)
     about = {"step": step, "mel_mean": cfg.mel_mean, "mel_std": cfg.mel_std, "characters": characters,
              "model_sha256": hashlib.sha256(weights).hexdigest()}
     with replacing(Path(folder)) as tmp:

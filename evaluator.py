@@ -227,7 +227,8 @@ def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_second
                  ranks: Ranks, first: bool) -> None:
     """Evaluate the model of a run as it is, log the figures, write the pages, and keep the best checkpoint.
 
-    The `first` evaluation of a run also has the vocoder's copies judged, and must not fail; later errors are only reported.
+    The `first` evaluation of a run also has the vocoder's copies and the recordings judged, and must not fail. Later errors
+    are only reported.
     """
     out = Path(cfg.out_dir)
     folder, numbered = out / "eval" / f"step_{step:08d}", numbered_checkpoint(out, step)

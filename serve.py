@@ -1,6 +1,6 @@
 """A web page to type a text into. It speaks and shows the log-mel. Needs gradio: pip install 'gradio>=6,<7'.
 
-    python serve.py --ckpt .artifacts/local/demo/latest.pt                       # at http://127.0.0.1:7860
+    python serve.py                                                              # voices/joe, at http://127.0.0.1:7860
     python serve.py --ckpt RUN/latest.pt --host 0.0.0.0 --port 8000 --steps 50   # for the whole network
 """
 import argparse

@@ -1,9 +1,9 @@
 """Train a voice: one process, or one per GPU (or CPU rank) under torchrun.
 
-    python train.py --config configs/demo.yaml                                    # two CPU cores, nothing to download
+    python train.py --config configs/grammar.yaml                                 # two CPU cores, nothing to download
     python train.py --config configs/ljspeech_overfit64.yaml                      # one GPU, the debugging gate
     torchrun --standalone --nproc_per_node 2 train.py --config configs/ljspeech.yaml
-    python train.py --config configs/demo.yaml --resume latest                    # go on after a stop
+    python train.py --config configs/grammar.yaml --resume latest                 # go on after a stop
 
 Everything that a run writes lies in its out_dir. Ctrl-C, SIGTERM, SIGUSR1, SIGHUP or a file named STOP in out_dir ends the
 run after the current step, with a checkpoint. Without torchrun, a second Ctrl-C ends it at once.

@@ -1,8 +1,8 @@
-"""A neural voice of Piper reads everyday English: 5.7 hours of natural speech without recordings.
+"""A neural voice of Piper reads everyday English: 6 hours of natural speech without recordings.
 
-    python data/piper/prepare.py --out data/piper_bigvgan                            # the default voice and text
+    python data/piper/prepare.py --out data/joe_bigvgan                            # the default voice and text
     python data/piper/prepare.py --out data/mine_bigvgan --voice FILE.onnx --text lines.txt
-    python data/piper/prepare.py --out data/piper_bigvgan --keep_wavs piper_wavs     # also as a folder in LJSpeech's layout
+    python data/piper/prepare.py --out data/joe_bigvgan --keep_wavs piper_wavs     # also as a folder in LJSpeech's layout
 
 First: pip install -r data/piper/requirements.txt (run.sh does that). The default voice is "joe", an American man (CC0).
 """
