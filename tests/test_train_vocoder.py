@@ -84,3 +84,22 @@ def test_want_of_recordings_is_one_clear_error(corpus, tmp_path):
     (tmp_path / "u0.wav").write_bytes((corpus / RECORDINGS / "u0.wav").read_bytes())
     with pytest.raises(UserError, match="1 recordings are longer than 96 frames; the vocoder needs at least 16"):
         train_vocoder.train_on_recordings(str(corpus), CFG, tmp_path)
+
+
+def test_a_run_trains_the_vocoder_only_where_it_is_used_and_can_be(corpus, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_vocoder, "STEPS", 2)
+    monkeypatch.setattr(train_vocoder, "WIDTH", 8)
+    cfg, learned = Config(data_dir=str(corpus), out_dir=str(tmp_path)), corpus / vocoder.LEARNED
+    learned.unlink(missing_ok=True)
+    for other, device in ((dataclasses.replace(cfg, eval_vocoder="griffinlim"), "cpu"), (cfg, "cuda"),
+                          (dataclasses.replace(cfg, data_dir=str(tmp_path)), "cpu")):
+        train_vocoder.train_if_missing(other, device)
+    assert not learned.exists()
+    train_vocoder.train_if_missing(cfg, "cpu")
+    first = learned.read_bytes()
+    train_vocoder.train_if_missing(cfg, "cpu")  # it is there
+    assert learned.read_bytes() == first
+    learned.unlink()
+    monkeypatch.setattr(train_vocoder, "BATCH", 500)
+    train_vocoder.train_if_missing(cfg, "cpu")  # a small corpus is no error
+    assert not learned.exists() and "the vocoder is Griffin-Lim, because 18 recordings" in capsys.readouterr().out
