@@ -91,7 +91,7 @@ def test_files_and_figures_of_an_evaluation(model, tmp_path):
         for name, frames in (("mel", len(wav) // 256), ("recording_mel", len(prompt.mel))):
             assert imread(tmp_path / row[f"{name}_png"]).shape == (cfg.n_mels, frames, 4)
         height, width, _ = imread(tmp_path / row["attention_png"]).shape
-        assert (height, width) == (len(prompt.text) + 1, -(-(len(wav) // 256) // cfg.patch))
+        assert (height, width) == (len(prompt.spoken) + 1, -(-(len(wav) // 256) // cfg.patch))
         assert len(soundfile.read(tmp_path / row["vocoded"])[0]) == 256 * len(prompt.mel)
     saved = json.loads((tmp_path / "summary.json").read_text())
     assert saved == summary
@@ -287,6 +287,7 @@ def evaluation_folder(path, edits, judge="ctc"):
 
 def test_a_run_chooses_its_judge_once_and_says_if_it_is_another_than_before(model, tmp_path, capsys):
     cfg = dataclasses.replace(model.cfg, eval_judge="auto", out_dir=str(tmp_path), eval_whisper_model=str(tmp_path / "none.pt"))
+    evaluator.agree_on_judge(cfg, ONE)
     evaluator.prepare(cfg, Corpus(cfg.data_dir, cfg), model.tokenise, ONE, evaluated=False)
     assert cfg.eval_judge == "ctc" and "the judge was" not in "".join(capsys.readouterr())
     (tmp_path / "eval" / "step_00000004").mkdir(parents=True)
