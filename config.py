@@ -125,7 +125,7 @@ class Config:
     eval_cfg_scale: float = 1.5  # 1: no guidance, 0: no text
     eval_temperature: float = 0.4  # scale of the noise at the start
     eval_batch_size: int = 16
-    # auto: bigvgan on CUDA; on a CPU the learned one where the corpus or the run has it, else griffinlim
+    # auto: the run's own learned one; else bigvgan on CUDA; on a CPU the corpus's learned one, else griffinlim
     eval_vocoder: Literal["auto", "bigvgan", "learned", "griffinlim"] = "auto"
     eval_vocoder_model: str = "nvidia/bigvgan_v2_22khz_80band_fmax8k_256x"  # hub id or local folder
     eval_whisper_model: str = "base.en"  # a name, or the path of a local .pt

@@ -185,9 +185,13 @@ def find_learned(cfg: Config) -> Path | None:
 
 
 def vocoder_kind(cfg: Config, device) -> str:
-    """cfg.eval_vocoder, with auto resolved: bigvgan on a GPU; on a CPU learned where there is one, else griffinlim."""
+    """cfg.eval_vocoder, with auto resolved: learned if the voice has one of its own; else bigvgan on a GPU; on a CPU learned if
+    the corpus has one, else griffinlim.
+    """
     if cfg.eval_vocoder != "auto":
         return cfg.eval_vocoder
+    if Path(cfg.out_dir, LEARNED).is_file():
+        return "learned"
     return "bigvgan" if torch.device(device).type == "cuda" else "learned" if find_learned(cfg) else "griffinlim"
 
 

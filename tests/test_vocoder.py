@@ -63,7 +63,7 @@ def test_the_vocoder_auto_depends_on_the_device_and_on_what_lies_there(tmp_path)
     for folder in ("corpus", "run"):  # the run's own comes first
         (tmp_path / folder).mkdir()
         (tmp_path / folder / vocoder.LEARNED).touch()
-        assert kind(cfg, "cpu") == "learned" and kind(cfg, "cuda") == "bigvgan"
+        assert kind(cfg, "cpu") == "learned" and kind(cfg, "cuda") == ("bigvgan" if folder == "corpus" else "learned")
         assert vocoder.find_learned(cfg) == tmp_path / folder / vocoder.LEARNED
     for name in ("bigvgan", "griffinlim", "learned"):
         cfg.eval_vocoder = name
