@@ -185,8 +185,8 @@ def find_learned(cfg: Config) -> Path | None:
 
 
 def vocoder_kind(cfg: Config, device) -> str:
-    """cfg.eval_vocoder, with auto resolved: learned if the voice has one of its own; else bigvgan on a GPU; on a CPU learned if
-    the corpus has one, else griffinlim.
+    """cfg.eval_vocoder, with auto resolved: learned if the voice has its own; else bigvgan on a GPU; on a CPU learned if the
+    corpus has one, else griffinlim.
     """
     if cfg.eval_vocoder != "auto":
         return cfg.eval_vocoder
