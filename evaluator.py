@@ -39,8 +39,8 @@ from text import has_words
 from train_vocoder import train_if_missing
 from vocoder import load_vocoder, vocoder_name
 
-COPIES = 8  # number of prompts whose recordings the vocoder copies during training, and whose sound is measured
-# (DNSMOS takes 0.3 s a wav on one core)
+# Number of prompts whose recordings the vocoder copies during training, and whose sound is measured (DNSMOS: 0.3 s a wav)
+COPIES = 8
 
 
 class Prompt(NamedTuple):

@@ -24,7 +24,7 @@ from data import collate, training_rows
 from model import TTS
 from vocoder import LEARNED, QUIET, Magnitudes, load_learned, save_learned, vocoder_kind
 
-WIDTH, BLOCKS = 144, 4  # 0.67 million parameters; 2.3 million were no better after equal minutes
+WIDTH, BLOCKS = 144, 4  # 0.67 million parameters; 2.3 million took longer and were no better
 STEPS, BATCH, FRAMES = 2400, 16, 96
 PEAK_LR, WARMUP = 1e-3, 30
 LOUD = 3.0  # weight of the error of the magnitudes' square roots, in which the loud harmonics count

@@ -10,7 +10,6 @@ so "$45" and "forty-five dollars" are equal. Config fields are flags, as for eva
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 from checkpoint import load_checkpoint
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> None:
     cfg = model.cfg = from_flags(flags | {"eval_prompts": source}, base=dataclasses.asdict(model.cfg))
     cfg.eval_judge = choose_judge(cfg, device)
     if cfg.eval_judge == "none":
-        raise UserError("eval_judge = 'none': nobody listens; expected whisper")
+        raise UserError("eval_judge = 'none': there is no judge for the lines; expected whisper or ctc")
     cfg.normalise &= not as_written
     prompts = [file_prompt(text, cfg, ckpt.get("characters", "")) for _, text, _ in rows]
     out = Path(out or Path(cfg.out_dir) / "eval" / "hard")
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> None:
     table += [f"| {group} | {sum(of_group)} | {len(of_group)} |" for group, of_group in counts.items()]
     table.append(f"| all but {', '.join(ALONE)} | {sum(longer)} | {len(longer)} |")
     write_file(out / "hard.md", "\n".join(table) + "\n")
-    print("\n".join(table), file=sys.stdout)
+    print("\n".join(table))
 
 
 if __name__ == "__main__":

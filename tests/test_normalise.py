@@ -104,10 +104,8 @@ def test_there_are_enough_cases():
 @pytest.mark.parametrize("typed, spoken", [
     ("“Stop it,” she said — and left…", "Stop it, she said, and left..."), ("It’s a dog – isn’t it", "It's a dog, isn't it."),
     ("The façade (a naïve one) fell.", "The facade, a naive one, fell."), ("Straße, Æsop and œuvre", "Strasse, Aesop and oeuvre."),
-    ("ﬁne ｗｉｄｅ\u00a0words 🙂", "fine wide words."), ("He (Tom).", "He, Tom."), ("Привет", "Привет."), ("<b>Yes</b>", "bee, Yes, bee.")])
+    ("ﬁne ｗｉｄｅ\u00a0words 🙂", "fine wide words."), ("He (Tom).", "He, Tom."), ("Привет", "Привет."), ("<b>Yes</b>", "bee Yes bee.")])
 def test_characters_that_the_corpus_lacks_are_replaced(typed, spoken):
-    if "<b>" in typed:
-        spoken = "bee Yes bee."
     assert as_spoken(typed, CORPUS) == spoken
 
 
