@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from common import UserError, first_line, replacing
-from config import Config, field_name, load_yaml, parse_value, to_yaml, validate
+from config import FIELDS, Config, field_name, load_yaml, parse_value, to_yaml, validate
 from model import TTS, load_tts
 from vocoder import LEARNED, find_learned
 
@@ -20,6 +20,8 @@ from vocoder import LEARNED, find_learned
 FREE_TO_CHANGE = ("run_name out_dir resume gpus nproc dtype compile data_dir prepare_script loader_threads batch_size "
                   "max_steps max_epochs max_train_seconds max_skipped_steps log_interval val_interval val_num_samples "
                   "checkpoint_interval keep_checkpoints no_wandb wandb_project wandb_url").split()
+# What a checkpoint from before a field was there did, where that is not the field's default
+BEFORE = {"predicts": "velocity"}
 
 
 # --- reading
@@ -53,7 +55,7 @@ def checkpoint_config(ckpt: dict, path: str) -> Config:
     """The config saved in a checkpoint. Raises UserError if this version of the code does not know a key or value of it."""
     try:
         cfg = validate(Config(**{field_name(key, "its config"): parse_value(key, value, "its config")
-                                 for key, value in ckpt["config"].items()}))
+                                 for key, value in (BEFORE | ckpt["config"]).items()}))
     except UserError as e:
         raise UserError(f"{path} was written by another version of the code, or its config cannot work: {e}") from None
     if cfg.mel_mean is None or cfg.mel_std is None:
@@ -141,7 +143,8 @@ def resume_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, corpus: st
     ckpt = read_checkpoint(path)
     if "optimizers" not in ckpt:
         raise UserError(f"{path} holds no optimiser state; only checkpoints that train.py wrote can be resumed")
-    changed = [f"{k} was {v!r}, is {getattr(cfg, k, None)!r}" for k, v in ckpt["config"].items()
+    before = {k: f.default for k, f in FIELDS.items()} | BEFORE | ckpt["config"]
+    changed = [f"{k} was {v!r}, is {getattr(cfg, k, None)!r}" for k, v in before.items()
                if k not in FREE_TO_CHANGE and not k.startswith("eval_") and getattr(cfg, k, None) != v]
     if ckpt.get("corpus") != corpus:
         changed.append(f"the corpus was {str(ckpt.get('corpus'))[:12]}, is {corpus[:12]} (fingerprints)")

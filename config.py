@@ -81,6 +81,8 @@ class Config:
     zero_init: bool = True  # start each branch's last matrix at zero, so that a block starts as the identity
 
     # --- the flow: t = 1 is noise, t = 0 is speech
+    # The decoder predicts the mel without noise, from which the velocity follows, or the velocity itself (the baseline)
+    predicts: Literal["mel", "velocity"] = "mel"
     timestep_logit_mean: float = 1.6  # training times are sigmoid(N(mean, std)); a mean above 0 favours times near noise,
     timestep_logit_std: float = 1.0  # which decide the words
     timestep_logit_mean_end: float | None = None  # the mean moves there over the last third of max_steps; None: it stays

@@ -21,6 +21,7 @@ TIME_FREQUENCIES = 128
 T5_TOKENS = 1024  # ByT5 was trained on up to 1,024 tokens. Its relative positions accept more, but the output is then noise.
 SECONDS_PER_TOKEN = 0.06  # the duration predictor's initial value: about right for English, where a token is a byte
 NEIGHBOURS = 2  # tokens on either side that a text block sees
+LEAST_TIME = 0.3  # the loss weighs an error of the predicted mel with 1 / t^2, and at smaller times as at this one
 DIAGONAL = 1.0  # weight of the prior towards a straight alignment, which dominates until the model has learned something
 
 
@@ -217,12 +218,14 @@ class Decoder(nn.Module):
 
     def forward(self, x, t, text, token_positions, mel_lengths, token_lengths, alignment=None,
                 attention_maps: list | None = None):
-        """Velocity (B, frames, n_mels) of noisy mels x (B, frames, n_mels) at times t (B,).
+        """Velocity (B, frames, n_mels) of noisy mels x (B, frames, n_mels) at times t > 0 (B,).
 
-        It needs the projected text (B, L, D), its rotary positions (B, L) and the alignment (B, positions), if one is known.
-        Each block appends its cross-attention's weights (B, heads, positions, L) to `attention_maps`.
+        The network predicts x0, which gives the velocity (x - x0) / t. A narrow network can predict a mel, but not all the
+        noise in a velocity (arXiv 2511.13720). It needs the projected text (B, L, D), its rotary positions (B, L), and the
+        alignment (B, positions) if one is known. Each block appends its weights of cross-attention (B, heads, positions, L)
+        to `attention_maps`.
         """
-        cfg, (B, frames, _) = self.cfg, x.shape
+        cfg, (B, frames, _), noisy = self.cfg, x.shape, x
         # `patch` neighbouring frames form one position. Zero the frames beyond each end, which can share the last position.
         x = x * length_mask(mel_lengths, frames)[..., None]
         x = F.pad(x, (0, 0, 0, -frames % cfg.patch)).reshape(B, -1, cfg.patch * cfg.n_mels)
@@ -245,7 +248,8 @@ class Decoder(nn.Module):
             x = x + features.to(x.dtype)
         for block in self.blocks:
             x = block(x, text, time, mel_mask, text_mask, rotations, attention_maps)
-        return self.out(self.norm(x)).view(B, -1, cfg.n_mels)[:, :frames]
+        out = self.out(self.norm(x)).view(B, -1, cfg.n_mels)[:, :frames]
+        return out if cfg.predicts == "velocity" else (noisy - out) / t[:, None, None]
 
 
 # --- the whole model
@@ -340,8 +344,7 @@ class TTS(nn.Module):
         lengths, spoken = (-(-batch[name] // cfg.patch) for name in ("mel_lengths", "speech_lengths"))
         token_lengths = batch["token_lengths"]
         mel = F.pad(batch["mel"], (0, 0, 0, -frames % cfg.patch)).view(B, -1, cfg.patch, n_mels).mean(dim=2)
-        T, L = mel.shape[1], text.shape[1]
-        token_mel = self.token_mel(text).to(mel.dtype)  # (B, L, n_mels)
+        T, L, token_mel = mel.shape[1], text.shape[1], self.token_mel(text).to(mel.dtype)  # (B, L, n_mels)
         with torch.no_grad(), torch.autocast(mel.device.type, enabled=False):
             t, n = torch.arange(T, device=mel.device) + 0.5, torch.arange(L, device=mel.device) + 0.5
             off = t[:, None] / spoken[:, None, None] - n / token_lengths[:, None, None]  # from the diagonal, (B, T, L)
@@ -355,9 +358,8 @@ class TTS(nn.Module):
         """The noisy mels x_t of a batch at its times, and the decoder's velocity there, both (B, T, n_mels)."""
         t = batch["t"][:, None, None]
         x_t = (1 - t) * batch["mel"] + t * batch["noise"]
-        velocity = self.decoder(x_t, batch["t"], self.condition(text, batch["drop_text"]),
-                                self.token_positions(share, batch["token_lengths"]), batch["mel_lengths"],
-                                batch["token_lengths"], alignment)
+        text, positions = self.condition(text, batch["drop_text"]), self.token_positions(share, batch["token_lengths"])
+        velocity = self.decoder(x_t, batch["t"], text, positions, batch["mel_lengths"], batch["token_lengths"], alignment)
         return x_t, velocity.float()
 
     def forward(self, batch: dict) -> dict:
@@ -380,9 +382,11 @@ class TTS(nn.Module):
             alignment_loss = distance / frames
         _, velocity = self.flow(batch, text, share, alignment)
         error = (velocity - (batch["noise"] - batch["mel"])).square().mean(dim=-1)  # (B, T)
+        if cfg.predicts == "mel":
+            error = error * (batch["t"] / batch["t"].clamp(min=LEAST_TIME)).square()[:, None]
         flow_loss = (error * length_mask(mel_lengths, error.shape[1])).sum() / frames
-        loss = (cfg.alignment_loss_weight * alignment_loss + flow_loss
-                + cfg.duration_loss_weight * (duration_loss + share_loss))
+        of_durations = cfg.duration_loss_weight * (duration_loss + share_loss)
+        loss = flow_loss + cfg.alignment_loss_weight * alignment_loss + of_durations
         return {"loss": loss, "flow_loss": flow_loss, "duration_loss": duration_loss, "share_loss": share_loss,
                 "alignment_loss": torch.as_tensor(alignment_loss, device=loss.device)}
 

@@ -218,6 +218,16 @@ def test_an_export_and_another_versions_checkpoint_cannot_be_resumed(checkpoint,
         resume_checkpoint(*run_state(tmp_path, resume=str(tmp_path / "c.pt")), CORPUS)
 
 
+def test_a_checkpoint_from_before_a_field_was_there_works_as_it_did(checkpoint, tmp_path):
+    ckpt = torch.load(checkpoint, weights_only=True)
+    for name in ("predicts", "learning_rate"):
+        del ckpt["config"][name]
+    torch.save(ckpt, tmp_path / "old.pt")
+    assert load_checkpoint(str(tmp_path / "old.pt"), "cpu")[0].cfg.predicts == "velocity"
+    with pytest.raises(UserError, match="predicts was 'velocity', is 'mel'; learning_rate was 0.003, is 0.5"):
+        resume_checkpoint(*run_state(tmp_path, resume=str(tmp_path / "old.pt"), learning_rate=0.5), CORPUS)
+
+
 def test_a_folder_with_a_run_is_not_overwritten(checkpoint, tmp_path):
     state, fresh = run_state(tmp_path), {"step": 0}
     assert resume_checkpoint(*state, CORPUS) == fresh

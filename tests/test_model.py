@@ -22,7 +22,7 @@ from sample import read_texts, sample
 SMALL = dict(text_encoder_name="random", train_text_encoder=True, text_encoder_width=32, text_encoder_heads=2,
              text_encoder_layers=1, width=32, layers=2, heads=2, mel_mean=-5.0, mel_std=2.0, effective_batch_size=4, batch_size=4)
 BASELINE = dict(text_blocks=0, alignment_search=False, time_conditioning="additive", cross_rope="absolute", self_rope=False,
-                qk_norm=False, zero_init=False)
+                qk_norm=False, zero_init=False, predicts="velocity")
 RECIPES = {"default": {}, "baseline": BASELINE, "normalised": dict(cross_rope="normalized"), "patches": dict(patch=2),
            "no search": dict(alignment_search=False)}
 SMALL_T5 = dict(vocab_size=384, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3)
@@ -113,6 +113,16 @@ def test_the_losses_of_a_steps_parts_add_up_to_its_mean():
                                + cfg.duration_loss_weight * (losses["duration_loss"] + losses["share_loss"]))
 
 
+@pytest.mark.parametrize("predicts, weights", [("mel", [4, 1 / 0.09, 1 / 0.09, 1]), ("velocity", [4, 100, 1e4, 1])])
+def test_the_flow_loss_is_the_mels_error_with_a_weight_that_depends_on_time(predicts, weights):
+    """An error e of the mel is an error e / t of the velocity. A predicted mel's weight does not grow below t = 0.3."""
+    model, error = small_model(predicts=predicts), 0.7
+    batch = batch_of([20] * 4, ["a cat"] * 4) | {"t": torch.tensor([0.5, 0.1, 0.01, 1.0])}
+    wrong = batch["mel"] + error
+    model.decoder.forward = lambda x, t, *_: (x - wrong) / t[:, None, None]
+    torch.testing.assert_close(model(batch)["flow_loss"], torch.tensor(weights).mean() * error**2, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("patch", [1, 2])
 def test_losses_are_finite_if_a_text_is_longer_than_its_speech(patch):
     batch = batch_of([3, 1], ["much more text than there is speech", "x"]) | {"seconds": torch.tensor([0.03, 0.01])}
@@ -132,11 +142,11 @@ def test_a_dropped_text_has_no_effect():
     assert (out[0][1] - out[1][1]).abs().max() > 1e-3
 
 
-def test_a_new_decoder_outputs_its_bias_and_a_new_duration_is_plausible():
-    model = small_model(shake=False)
-    velocity = model.decoder(torch.randn(1, 9, 80), torch.tensor([0.5]), torch.randn(1, 4, 32), torch.rand(1, 4),
-                             torch.tensor([9]), torch.tensor([4]))
-    torch.testing.assert_close(velocity, model.decoder.out.bias.expand(1, 9, 80))
+@pytest.mark.parametrize("predicts", ["mel", "velocity"])
+def test_a_new_decoder_predicts_its_bias_and_a_new_duration_is_plausible(predicts):
+    model, x = small_model(shake=False, predicts=predicts), torch.randn(1, 9, 80)
+    velocity = model.decoder(x, torch.tensor([0.4]), torch.randn(1, 4, 32), torch.rand(1, 4), torch.tensor([9]), torch.tensor([4]))
+    torch.testing.assert_close(x - 0.4 * velocity if predicts == "mel" else velocity, model.decoder.out.bias.expand(1, 9, 80))
     _, log_seconds, _, lengths = read(model, "A sentence of fifty bytes or so takes three seconds")
     torch.testing.assert_close(log_seconds.exp(), 0.06 * lengths.float(), rtol=1e-4, atol=0)
 
