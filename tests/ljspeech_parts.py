@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from ljspeech.prepare import read_metadata  # data/ljspeech/prepare.py
 
 import audio
 from config import Config
 from corpus import write_corpus
+from folder.prepare import read_folder  # data/folder/prepare.py
 
 RATE = 22050
 SHARD_UTTS = 8
@@ -179,4 +179,4 @@ def slow_read_wav(path: str, sample_rate: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    write_corpus(sys.argv[2], read_metadata(Path(sys.argv[1])), slow_read_wav, Config(), 2, shard_utts=SHARD_UTTS)
+    write_corpus(sys.argv[2], read_folder(Path(sys.argv[1])), slow_read_wav, Config(), 2, shard_utts=SHARD_UTTS)

@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from ljspeech.prepare import read_metadata
 from test_common import full_disk
 
 import audio
@@ -641,19 +640,3 @@ def test_a_fuzzed_corpus_can_be_read_or_is_refused(tmp_path_factory, whole, choi
     if line is None:
         corpus = Corpus(str(fuzzed), CFG)
         assert [corpus.mel(i).shape for i in range(len(corpus))] == [(n, CFG.n_mels) for n in corpus.frames]
-
-
-@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass")) |
-       st.lists(st.lists(st.text("a./\\\0\r\u2028\"' ", max_size=4), max_size=4).map("|".join)).map("\n".join).map(str.encode))
-@example(b"\xef\xbb\xbf")
-@example(b"a\rb|x\na\rb|y")
-@settings(max_examples=FUZZ)
-def test_fuzzed_metadata_is_read_or_refused(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "metadata.csv").write_bytes(content)
-    try:
-        some = read_metadata(folder)
-    except UserError as e:
-        assert len(str(e).splitlines()) == 1 and str(folder) in str(e)
-    else:
-        assert len({u.utt_id for u in some}) == len(some) and all(u.split in SPLITS for u in some)

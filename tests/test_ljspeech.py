@@ -36,6 +36,7 @@ from config import Config
 from corpus import Corpus, hash_splits, write_corpus
 from eval.ctc import fingerprint
 from eval.judge import WhisperJudge
+from folder.prepare import read_folder  # data/folder/prepare.py
 from model import load_text_encoder
 
 # --- running programs
@@ -204,7 +205,7 @@ def test_out_and_workers_that_cannot_work(lj, tmp_path):
 
 @pytest.mark.slow
 def test_killed_preparation_goes_on_where_it_was(lj, home, tmp_path, capsys):
-    out, partial, utterances = tmp_path / "killed", tmp_path / "killed.partial", prepare.read_metadata(lj["folder"])
+    out, partial, utterances = tmp_path / "killed", tmp_path / "killed.partial", read_folder(lj["folder"])
     process = start([sys.executable, "tests/ljspeech_parts.py", lj["folder"], out], home)
     try:
         deadline = time.time() + 100
@@ -246,7 +247,7 @@ def stopping_reader(after: int):
 
 def stopped(lj, out: Path, after: int) -> list:
     """Prepare `out` until the reader has been called `after` times; returns the utterances."""
-    utterances = prepare.read_metadata(lj["folder"])
+    utterances = read_folder(lj["folder"])
     with pytest.raises(Stop):
         write_corpus(str(out), utterances, stopping_reader(after), Config(), 1, shard_utts=parts.SHARD_UTTS)
     assert Path(f"{out}.partial").exists() and not out.exists()
@@ -268,26 +269,39 @@ def test_shard_without_its_rows_is_made_anew(lj, tmp_path):
     assert Corpus(str(tmp_path / "corpus"), Config()).ids == list(lj["good"])
 
 
+def sounds(folder: Path) -> Path:
+    """A folder with wavs/a.wav and wavs/b.wav, of half a second."""
+    (folder / "wavs").mkdir()
+    for name in "ab":
+        audio.write_wav(folder / "wavs" / f"{name}.wav", np.zeros(RATE // 2, np.float32), RATE)
+    return folder
+
+
 @pytest.mark.parametrize("content, expected", [
     pytest.param("\ufeffa|One.|One.\nb|Two.|Two.\n".encode(), {"a": "One.", "b": "Two."}, id="byte order mark"),
     pytest.param(b"a|One.|One.\r\n\r\nb|Two.|Two.\r\n", {"a": "One.", "b": "Two."}, id="Windows line ends"),
     pytest.param("a|One\u2028line.|One\u2028line.\nb|Two\x85 too.|Two\x85 too.\n".encode(),
                  {"a": "One line.", "b": "Two too."}, id="Unicode's other line ends"),
-    pytest.param(b"a|1 and 2|one and two|four fields\nb\n", {"a": "one and two", "b": ""}, id="too many and too few fields"),
+    pytest.param(b"a|1 and 2|one and two\nb\n", {"a": "one and two", "b": ""}, id="too few fields"),
+    pytest.param(b"a|1 and 2|one and two\nmissing|Two|two\n", {"a": "one and two", "missing": "two"}, id="no such sound"),
 ])
 def test_metadata_as_it_comes(tmp_path, content, expected):
-    (tmp_path / "metadata.csv").write_bytes(content)
-    assert {u.utt_id: u.text for u in prepare.read_metadata(tmp_path)} == expected
+    (sounds(tmp_path) / "metadata.csv").write_bytes(content)
+    utterances = read_folder(tmp_path)
+    assert {u.utt_id: u.text for u in utterances} == expected
+    assert [u.source for u in utterances] == [str(tmp_path / "wavs" / f"{utt_id}.wav") for utt_id in expected]
 
 
 @pytest.mark.parametrize("content, hint", [
-    (None, "no metadata.csv"), (b"a|\xff|\xff\n", "UTF-8"), (b"a|x|x\na|y|y\n", "'a'"), (b"../a|x|x\n", "'../a'"),
+    (None, "no metadata.csv"), (b"a|\xff|\xff\n", "UTF-8"), (b"a|x|x\na|y|y\n", "'a'"), (b"../c|x|x\n", "'../c'"),
+    (b"a|x|x\nb|1|2|one|two\n", "line 2 has 5 fields"),
 ])
 def test_metadata_that_cannot_be_used(tmp_path, content, hint):
+    sounds(tmp_path)
     if content is not None:
         (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(UserError) as caught:
-        prepare.read_metadata(tmp_path)
+        read_folder(tmp_path)
     assert hint in one_line(caught) and str(tmp_path) in one_line(caught)
 
 

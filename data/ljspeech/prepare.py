@@ -1,9 +1,9 @@
-"""LJSpeech 1.1, or any folder in its layout, to a processed corpus.
+"""LJSpeech 1.1 to a processed corpus: the download before data/folder/prepare.py.
 
     python data/ljspeech/prepare.py --out data/ljspeech_bigvgan                          # download (2.7 GB), then prepare
     python data/ljspeech/prepare.py --source LJSpeech-1.1 --out data/ljspeech_bigvgan    # from a folder that you have
 
-The layout is metadata.csv with lines id|text|normalised text, and wavs/<id>.wav. Use it for a corpus of your own too.
+Its layout is metadata.csv with lines id|text|normalised text, and wavs/<id>.wav. Other folders of recordings are read too.
 """
 import argparse
 import hashlib
@@ -12,10 +12,9 @@ import tarfile
 import urllib.request
 from pathlib import Path
 
-from audio import read_wav
 from common import UserError, first_line, make_folder, progress, replacing, run_cli
-from config import Config
-from corpus import KEPT, Utterance, hash_splits, refuse_existing, write_corpus
+from corpus import refuse_existing
+from folder.prepare import add_flags, prepare  # data/folder/prepare.py
 
 NAME = "LJSpeech-1.1"  # of the archive's only folder, and of the folder that we unpack to
 URL = f"https://data.keithito.com/data/speech/{NAME}.tar.bz2"
@@ -69,46 +68,15 @@ def unpack(archive: Path, folder: Path) -> None:
             (tmp / NAME).rmdir()
 
 
-def read_metadata(source: Path) -> list[Utterance]:
-    """The utterances of a folder in LJSpeech's layout, in its order. Raises UserError if it is not such a folder.
-
-    The texts of metadata.csv contain single quotation marks, so its lines are split at each bar, not parsed as CSV. A line
-    without an id or a text becomes an utterance with an empty text, which write_corpus rejects.
-    """
-    metadata = source / "metadata.csv"
-    if not metadata.is_file():
-        found = sorted(p.name for p in source.iterdir())[:5] if source.is_dir() else "no such folder"
-        raise UserError(f"no metadata.csv in {source} (found: {found}); expected LJSpeech's layout: metadata.csv with lines "
-                        "id|text|normalised text, and wavs/<id>.wav")
-    try:
-        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{metadata} cannot be read as UTF-8 text: {e}") from None
-    texts = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        fields = [field.strip() for field in line.split("|")] + ["", ""]
-        utt_id = fields[0] or f"line_{number}"
-        if utt_id in texts or "/" in utt_id or "\\" in utt_id or not utt_id.isprintable():
-            raise UserError(f"{metadata}, line {number}: the id {utt_id!r} occurs twice or is not a plain file name")
-        texts[utt_id] = " ".join((fields[2] or fields[1]).split())  # the normalised text, or else the original one
-    split = hash_splits(list(texts))
-    return [Utterance(i, text, split[i], str(source / "wavs" / f"{i}.wav")) for i, text in texts.items()]
-
-
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", required=True, help="folder of the processed corpus")
     raw = p.add_mutually_exclusive_group()
-    raw.add_argument("--source", type=Path, help="an unpacked folder in LJSpeech's layout")
+    raw.add_argument("--source", type=Path, help="an unpacked LJSpeech, or another folder of recordings")
     raw.add_argument("--download", action="store_true", help="fetch LJSpeech 1.1 (the default without --source)")
     p.add_argument("--url", default=URL, help="another address of the archive")
     p.add_argument("--sha256", default=SHA256, help="the archive's SHA-256")
     p.add_argument("--cache", type=Path, default=Path(__file__).parent, help="folder for the archive and its contents")
-    p.add_argument("--workers", type=int, help="number of processes; default: one per core")
-    p.add_argument("--strict", action="store_true", help="refuse bad files instead of skipping them")
-    p.add_argument("--force", action="store_true", help="replace an existing corpus")
+    add_flags(p)
     args = p.parse_args(argv)
     refuse_existing(args.out, args.force)  # before a long download
     source = args.source or args.cache / NAME
@@ -117,8 +85,7 @@ def main(argv: list[str]) -> None:
         if not archive.exists():
             download(args.url, archive, args.sha256)
         unpack(archive, source)
-    write_corpus(args.out, read_metadata(source), read_wav, Config(), args.workers, args.strict, args.force,
-                 recordings=KEPT)
+    prepare(source, args)
 
 
 if __name__ == "__main__":
