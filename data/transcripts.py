@@ -220,26 +220,31 @@ def alike(some: list[str], others: list[str]) -> bool:
     return sum(shares) >= len(shares) / 2
 
 
-def tell_columns(table: Table, width: int, place: str) -> list[str]:
+def tell_columns(table: Table, width: int, place: str, cells: list[str]) -> list[str]:
     """The role of each column: audio, text, speaker or -. Of several texts the last that is not empty counts.
 
-    The names in a header decide if one of them means a text, else the cells. Raises UserError, a question, if they cannot.
+    The names in a header decide if one of them means a text, else the cells. Raises UserError, a question, if they cannot;
+    it shows the line `cells`, at `place`.
     """
-    roles = ["audio" if c == table.audio else role_of(name) or "-" for c, name in enumerate(table.header or [""] * width)]
+    names = [*(table.header or []), *[""] * width]
+    roles = ["audio" if c == table.audio else role_of(names[c]) or "-" for c in range(width)]
     if "text" in roles:
         return roles
-    values = {c: [cells[c] if c < len(cells) else "" for _, cells in table.rows] for c in range(width) if roles[c] == "-"}
+    values = {c: [row[c] if c < len(row) else "" for _, row in table.rows] for c in range(width) if roles[c] == "-"}
     values = {c: column for c, column in values.items() if any(column)}
-    if len(values) == 1:
-        return [role if c not in values else "text" for c, role in enumerate(roles)]
+    if not values:
+        raise UserError(f"{place}: {cells!r:.200} has no text beside the sound's name; expected lines such as id|text")
+    first = next(iter(values))
+    if all(alike(values[first], values[c]) for c in values):  # also if there is only one
+        return ["text" if c in values else role for c, role in enumerate(roles)]
     labels = [c for c in values if is_label(values[c])]
     varying = [c for c in labels if len(set(values[c])) > 1]
     if "speaker" not in roles and labels:
         roles[(varying or labels)[0]] = "speaker"
     texts = [c for c in values if c not in labels and not all(re.fullmatch(r"[\d.,:]*", value) for value in values[c])]
-    if not texts or len(varying) > 1 or not all(alike(values[texts[0]], values[c]) for c in texts[1:]):
+    if not texts or len(varying) > 1 or not all(alike(values[texts[0]], values[c]) for c in texts):
         options = [",".join("text" if c == text else role for c, role in enumerate(roles)) for text in texts or values]
-        raise UserError(f"{place}: {table.rows[0][1]!r:.200}: which column is the text that is spoken? Write --columns "
+        raise UserError(f"{place}: {cells!r:.200}: which column is the text that is spoken? Write --columns "
                         f"{' or --columns '.join(options[:3])} (or other roles: audio, text, speaker, and - for the rest)")
     return ["text" if c in texts else role for c, role in enumerate(roles)]
 
@@ -281,7 +286,7 @@ def of_speaker(rows: list[tuple[str, list[str]]], roles: list[str], speaker: str
             raise UserError(f"--speaker {speaker}: {path} has no column of speakers (columns: {', '.join(roles)}); name it "
                             "with --columns, for example audio,speaker,text")
         return rows
-    column = roles.index("speaker")
+    column = roles.index("speaker")  # the first of several
     counts = Counter(cells[column] for _, cells in rows)
     if speaker is None and len(counts) == 1:
         return rows
@@ -306,8 +311,8 @@ def read_table(path: Path, folder: Path, contents: str, find, encoding: str | No
         raise UserError(f"no line of {path} names a sound below {folder}: {found}, and the folder has {contents}. Expected "
                         "lines such as id|text; name the folder of the sounds with --source, the table with --metadata")
     width = len(table.header) if table.header else Counter(len(cells) for _, cells in table.rows).most_common(1)[0][0]
-    place = f"{path}, line {first[0]}"
-    roles = given_columns(columns, width, place) if columns else tell_columns(table, width, place)
+    width, place = max(width, table.audio + 1), f"{path}, line {first[0]}"
+    roles = given_columns(columns, width, place) if columns else tell_columns(table, width, place, first[1])
     rows = []
     for number, cells in table.rows:
         place, is_known = f"{path}, line {number}", bool(columns or table.header)

@@ -4,6 +4,7 @@ The sounds are eight short sentences that espeak-ng reads. Each folder has them 
 """
 import io
 import json
+import os
 import shutil
 import struct
 from contextlib import redirect_stdout
@@ -268,6 +269,21 @@ def test_stray_quotation_marks(folder):
     assert "metadata.csv, line 7: a quotation mark" in message and "'a_5,\"Nobody came back.'" in message
 
 
+def test_short_and_odd_tables(folder):
+    source = folder("wavs/{id}.wav")
+    for text, expected in ((lines("{id}|{yes}|{yes}", yes=["Yes.", "No."] * 4), ["Yes.", "No."] * 4),  # are no labels
+                           (lines("{id}|{yes}", yes=["yes", "no"] * 4), ["yes", "no"] * 4)):
+        (source / "metadata.csv").write_text(text)
+        assert list(read(source)[0].values()) == expected
+    (source / "metadata.csv").write_text(lines("{id}|{yes}|{n}", yes=["yes", "no"] * 4))
+    assert "--columns audio,speaker,text" in question(source)
+    assert list(read(source, columns="audio,text,-")[0].values()) == ["yes", "no"] * 4
+    (source / "metadata.csv").write_text(lines("wavs/{id}.wav"))
+    assert "line 1: ['wavs/a_0.wav'] has no text" in question(source)
+    (source / "metadata.csv").write_text(lines("{text}") + lines("{text}|{id}"))  # most lines have no sound
+    assert [u.text for u in read_folder(source)] == TEXTS * 2 and {u.utt_id for u in read_folder(source)} > set(IDS)
+
+
 @pytest.mark.parametrize("columns, hint", [
     ("audio,words", "expected a role"), ("audio,audio,text", "audio (once)"), ("audio,text", "has 2 columns, but"),
 ])
@@ -374,12 +390,29 @@ def test_formats_of_libsndfile(tmp_path, wavs, suffix, format, subtype):
     assert all(len(audio.read_wav(u.source, RATE)) > 1000 for u in read_folder(tmp_path))
 
 
+@given(st.lists(st.tuples(st.text("aeilnrst '\",;=:", min_size=1, max_size=30).filter(str.strip), st.sampled_from("=-_ ")),
+                min_size=2, max_size=6))
+def test_ljspeechs_layout_is_read_as_it_is(tmp_path_factory, some):
+    """id|text|normalised text, where the third field may equal the second, be empty or be missing."""
+    source, rows, expected = tmp_path_factory.mktemp("lj"), [], {}
+    (source / "wavs").mkdir()
+    for n, (text, kind) in enumerate([("Two of them.", "=")] * 7 + some):  # most lines have three fields
+        utt_id, normalised = f"LJ001-{n:04d}", {"=": text, "-": f"{text} {text}"}.get(kind, "")
+        (source / "wavs" / f"{utt_id}.wav").touch()
+        rows.append(f"{utt_id}|{text}" + (f"|{normalised}" if kind != "_" else ""))
+        expected[utt_id] = " ".join((normalised or text).split())
+    (source / "metadata.csv").write_text("\n".join(rows))
+    utterances = read_folder(source)
+    assert {u.utt_id: u.text for u in utterances} == expected and list(expected) == [u.utt_id for u in utterances]
+    assert {u.utt_id: u.split for u in utterances} == hash_splits(list(expected))
+
+
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass")) |
        st.lists(st.lists(st.text("ab./\\\0\r\u2028\"',;={[ ", max_size=4), max_size=4).map("|".join)).map("\n".join).map(str.encode))
 @example(b"\xef\xbb\xbf")
 @example(b"a\rb|x\na\rb|y")
 @example(b'[{"a": []}, "b"]')
-@settings(max_examples=50)
+@settings(max_examples=int(os.environ.get("FUZZ", 60)))
 def test_fuzzed_tables_are_read_or_refused(tmp_path_factory, content):
     source = tmp_path_factory.mktemp("fuzz")
     (source / "a.wav").write_bytes(struct.pack("<4sI", b"RIFF", 0))
