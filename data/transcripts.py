@@ -211,13 +211,16 @@ def is_label(values: list[str]) -> bool:
 
 
 def alike(some: list[str], others: list[str]) -> bool:
-    """Whether two columns are the same sentences: on average half of the words are in both. Phonemes are rarely words."""
+    """Whether two columns are the same sentences: on average half of the words are in both. Phonemes are rarely words.
+
+    Numbers do not count, because a normalised text writes them out.
+    """
     shares = []
-    for a, b in zip(some, others):
+    for pair in zip(some, others):
+        a, b = (set(re.findall(r"[^\W\d]+", value.casefold())) for value in pair)
         if a and b:
-            a, b = (set(re.findall(r"\w+", value.casefold())) for value in (a, b))
-            shares.append(len(a & b) / max(1, min(len(a), len(b))))
-    return sum(shares) >= len(shares) / 2
+            shares.append(len(a & b) / min(len(a), len(b)))
+    return bool(shares) and sum(shares) >= len(shares) / 2
 
 
 def tell_columns(table: Table, width: int, place: str, cells: list[str]) -> list[str]:
@@ -235,18 +238,22 @@ def tell_columns(table: Table, width: int, place: str, cells: list[str]) -> list
     if not values:
         raise UserError(f"{place}: {cells!r:.200} has no text beside the sound's name; expected lines such as id|text")
     first = next(iter(values))
-    if all(alike(values[first], values[c]) for c in values):  # also if there is only one
+    if len(values) == 1 or all(alike(values[first], values[c]) for c in values):
         return ["text" if c in values else role for c, role in enumerate(roles)]
     labels = [c for c in values if is_label(values[c])]
     varying = [c for c in labels if len(set(values[c])) > 1]
     if "speaker" not in roles and labels:
         roles[(varying or labels)[0]] = "speaker"
     texts = [c for c in values if c not in labels and not all(re.fullmatch(r"[\d.,:]*", value) for value in values[c])]
-    if not texts or len(varying) > 1 or not all(alike(values[texts[0]], values[c]) for c in texts):
+    if not texts or len(varying) > 1 or not all(alike(values[texts[0]], values[c]) for c in texts[1:]):
         options = [",".join("text" if c == text else role for c, role in enumerate(roles)) for text in texts or values]
-        raise UserError(f"{place}: {cells!r:.200}: which column is the text that is spoken? Write --columns "
-                        f"{' or --columns '.join(options[:3])} (or other roles: audio, text, speaker, and - for the rest)")
+        raise UserError(f"{place}: {cells!r:.200}: which column is the text that is spoken? Write "
+                        f"{' or '.join(map(as_flag, options[:3]))} (or other roles: audio, text, speaker, - for the rest)")
     return ["text" if c in texts else role for c, role in enumerate(roles)]
+
+
+def as_flag(columns: str) -> str:
+    return f"--columns{'=' if columns.startswith('-') else ' '}{columns}"  # else argparse takes the value for a flag
 
 
 def given_columns(columns: str, width: int, place: str) -> list[str]:
@@ -274,7 +281,7 @@ def fit_cells(cells: list[str], line: str, separator: str, roles: list[str], is_
         if is_known:
             return cells[:width - 1] + [line.split(separator, width - 1)[-1].strip()]
         names = ",".join(roles)
-        hint = f"write --columns {names} if it is a part of the text, --columns {names},text if another text follows it"
+        hint = f"write {as_flag(names)} if it is a part of the text, {as_flag(names)},text if another text follows it"
     raise UserError(f"{place} has {len(cells)} fields, {cells!r:.200}, and most lines {width}. The separator is "
                     f"{separator!r}; {hint}")
 
@@ -294,7 +301,7 @@ def of_speaker(rows: list[tuple[str, list[str]]], roles: list[str], speaker: str
         most, others = counts.most_common(5), ",".join("-" if role == "speaker" else role for role in roles)
         raise UserError(f"{path} has {len(counts)} speaker(s) in column {column + 1}: "
                         f"{', '.join(f'{name!r} ({n} lines)' for name, n in most)}{', …' * (len(counts) > 5)}. A model "
-                        f"learns one: write --speaker {most[0][0]!r}, or --columns {others} if these are no speakers")
+                        f"learns one: write --speaker {most[0][0]!r}, or {as_flag(others)} if these are no speakers")
     return [row for row in rows if row[1][column] == speaker]
 
 

@@ -123,6 +123,12 @@ def test_phonemes_are_asked_about(folder, tmp_path):
     assert "--columns audio,text,- or --columns audio,-,text" in message
     assert read(source, columns="audio,text,-")[0] == EXPECTED
     assert read(source, columns="audio,-,text")[0] == dict(zip(IDS, PHONEMES))
+    assert "has 2 columns, but" in question(source, columns="audio,text")
+    (source / "metadata.csv").write_text(lines("{n}.|{id}|{text}|me|{arpa}", arpa=["AH0 B AA1 T", "IY1 N"] * 4))
+    flag = "--columns=-,audio,text,speaker,-"  # with a space, argparse would refuse it
+    assert flag in question(source)
+    prepare.main(["--source", str(source), "--out", str(tmp_path / "corpus"), "--workers", "1", flag])
+    assert Corpus(str(tmp_path / "corpus"), Config()).texts == TEXTS
 
 
 def test_latin_1_is_asked_about(folder):
@@ -144,6 +150,7 @@ def test_latin_1_is_asked_about(folder):
     pytest.param("metadata.csv", "path;transcription\n" + lines("{id};{csv}", csv=[f'"{t}"' for t in AS_CSV]).replace(
         '""', '"').replace('"He said "no" and left."', '"He said ""no"" and left."'), id="semicolons, all quoted"),
     pytest.param("metadata.csv", "﻿" + lines("{id}|{text}"), id="byte order mark"),
+    pytest.param("metadata.csv", lines("{id}|{text}").replace("\n", "\r"), id="line ends of old Macs"),
     pytest.param("metadata.csv", lines("{id}|{text}|"), id="bar at the end"),
     pytest.param("metadata.csv", lines("{id}||{text}"), id="empty column"),
     pytest.param("metadata.csv", lines("{text}|{id}"), id="text first"),
@@ -272,7 +279,9 @@ def test_stray_quotation_marks(folder):
 def test_short_and_odd_tables(folder):
     source = folder("wavs/{id}.wav")
     for text, expected in ((lines("{id}|{yes}|{yes}", yes=["Yes.", "No."] * 4), ["Yes.", "No."] * 4),  # are no labels
-                           (lines("{id}|{yes}", yes=["yes", "no"] * 4), ["yes", "no"] * 4)):
+                           (lines("{id}|{yes}", yes=["yes", "no"] * 4), ["yes", "no"] * 4),
+                           (lines("{id}|{n}"), [str(n) for n in range(8)]),
+                           (lines("{id}|{n} and {n}|two and two"), ["two and two"] * 8)):
         (source / "metadata.csv").write_text(text)
         assert list(read(source)[0].values()) == expected
     (source / "metadata.csv").write_text(lines("{id}|{yes}|{n}", yes=["yes", "no"] * 4))
