@@ -61,6 +61,7 @@ def test_a_folder_that_cannot_be_locked_is_one_line_and_leftovers_go(tmp_path):
 
 def test_signals_ask_for_a_stop_and_a_second_ctrl_c_interrupts():
     hangup, terminate = (signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGTERM))
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     try:
         with pytest.raises(KeyboardInterrupt), distributed.stop_signals() as asked:
             for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
@@ -71,3 +72,4 @@ def test_signals_ask_for_a_stop_and_a_second_ctrl_c_interrupts():
     finally:
         signal.signal(signal.SIGHUP, hangup)
         signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, interrupt)
