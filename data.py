@@ -19,7 +19,7 @@ import audio
 from common import UserError, run_cli
 from config import Config, load_config
 from corpus import SPLITS, Corpus
-from model import load_tokeniser
+from text_encoder import load_tokeniser
 
 STEPS_AHEAD = 4  # for each loader thread
 

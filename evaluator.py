@@ -32,10 +32,11 @@ from eval.judge import choose_judge, listen, load_judge
 from eval.page import write_page, write_run_page
 from eval.picture import save_map
 from metric import Metrics
-from model import TTS, byte_tokens
+from model import TTS
 from normalise import as_spoken
 from sample import fits, read_pieces, sample
 from text import has_words
+from text_encoder import byte_tokens
 from train_vocoder import train_if_missing
 from vocoder import load_vocoder, vocoder_name
 

@@ -22,7 +22,7 @@ from common import UserError
 from config import Config
 from corpus import Corpus, Utterance, write_corpus
 from data import TrainingSteps, at_step
-from model import byte_tokens
+from text_encoder import byte_tokens
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from corpus import Corpus, hash_splits, write_corpus
 from eval.ctc import fingerprint
 from eval.judge import WhisperJudge
 from folder.prepare import read_folder  # data/folder/prepare.py
-from model import load_text_encoder
+from text_encoder import load_text_encoder
 
 # --- running programs
 

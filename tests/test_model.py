@@ -16,8 +16,9 @@ from common import UserError
 from config import Config
 from corpus import Corpus
 from data import TrainingSteps
-from model import TTS, Decoder, byte_tokens, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
+from model import TTS, Decoder, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
 from sample import read_texts, sample
+from text_encoder import byte_tokens
 
 SMALL = dict(text_encoder_name="random", train_text_encoder=True, text_encoder_width=32, text_encoder_heads=2,
              text_encoder_layers=1, width=32, layers=2, heads=2, mel_mean=-5.0, mel_std=2.0, effective_batch_size=4, batch_size=4)

@@ -18,9 +18,9 @@ from config import Config
 from corpus import Corpus, Utterance, write_corpus
 from data import collate
 from eval.hard import all_heard, read_hard_prompts
-from model import byte_tokens
 from normalise import as_spoken, fold, write_out
 from text import read_sentences
+from text_encoder import byte_tokens
 
 ROMAN_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 CORPUS = " !',-.:;?" + ROMAN_LETTERS  # of a corpus whose numbers are spelled out

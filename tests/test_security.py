@@ -33,7 +33,7 @@ from common import UserError
 from config import Config
 from eval import ctc, judge
 from metric import read_metrics
-from model import load_text_encoder, load_tokeniser
+from text_encoder import load_text_encoder, load_tokeniser
 
 # --- the project's own code
 

@@ -532,7 +532,7 @@ def test_mistakes_are_one_line_and_status_2(demo_corpus, tmp_path, monkeypatch, 
 
 
 def test_texts_longer_than_the_encoder_reads_are_refused(demo_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.T5_TOKENS", 30)
+    monkeypatch.setattr("text_encoder.T5_TOKENS", 30)
     with pytest.raises(UserError, match=r"text\(s\) of .* have more than the 30 tokens .*'demo_00.*shorten them"):
         run(demo_corpus, tmp_path)
     assert not (tmp_path / "config.yaml").exists()

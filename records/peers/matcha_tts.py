@@ -30,7 +30,7 @@ from distributed import Ranks
 from eval.judge import choose_judge
 from eval.measures import markdown
 from metric import Metrics, provenance
-from model import byte_tokens
+from text_encoder import byte_tokens
 
 # The published defaults. The package on PyPI has no config files
 ENCODER = {"encoder_type": "RoPE Encoder",
