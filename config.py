@@ -2,9 +2,11 @@
 
     python config.py --config configs/demo.yaml                     # print the resolved config as YAML
     python config.py --config configs/demo.yaml --learning-rate 1e-3
+    python config.py --config configs/demo.yaml,configs/bigvgan24k.yaml   # several files: later ones win
     python config.py --config configs/demo.yaml --get data_dir,gpus # print single values, one a line (run.sh uses this)
     python config.py --help                                         # every field with its meaning
 """
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -32,7 +34,7 @@ class Config:
 
     # --- the corpus
     data_dir: str = "data/ljspeech_bigvgan"  # a processed corpus, written by the prepare script
-    prepare_script: str = ""  # run.sh runs it with --out data_dir when data_dir is missing
+    prepare_script: str = ""  # run.sh runs it if data_dir is missing: --out, --source, --config, the log-mel's fields
     block_size: int = 1024  # longest utterance in mel frames; longer ones are left out, never cropped
     silence_prob: float = 0.0  # chance that an utterance gets a tail of silence (frames at the log-mel floor)
     max_silence_sec: float = 0.5  # longest such tail
@@ -40,7 +42,8 @@ class Config:
     loader_threads: int = 1  # threads per rank that make batches ahead of time
     length_buckets: bool = True  # batches of utterances of similar length; false: random batches (the baseline)
 
-    # --- log-mel representation: that of BigVGAN at 22 kHz with 80 bands; must agree with the corpus's meta.json
+    # --- log-mel representation: that of BigVGAN at 22 kHz with 80 bands; must agree with the corpus's meta.json and with
+    # the vocoder. The fields for 24 and 44.1 kHz are in configs/bigvgan24k.yaml and configs/bigvgan44k.yaml
     sample_rate: int = 22050
     n_fft: int = 1024
     hop_length: int = 256
@@ -231,8 +234,8 @@ def validate(cfg: Config) -> Config:
     return cfg
 
 
-def load_yaml(path: str) -> dict:
-    """The mapping in a YAML file, with every key and value checked. Raises UserError."""
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file as it is. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as f:
             values = yaml.safe_load(f)
@@ -244,7 +247,33 @@ def load_yaml(path: str) -> dict:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected lines of 'key: value'")
-    return {(name := field_name(str(key), path)): parse_value(name, value, path) for key, value in values.items()}
+    return values
+
+
+def parse_values(values: dict, source: str) -> dict:
+    """The mapping of `source` with every key and value checked. Raises UserError."""
+    return {(name := field_name(str(key), source)): parse_value(name, value, source) for key, value in values.items()}
+
+
+def load_yaml(path: str) -> dict:
+    """The mapping in a YAML file, with every key and value checked. Raises UserError."""
+    return parse_values(read_yaml(path), path)
+
+
+def load_files(paths: str) -> dict:
+    """The values of YAML files, whose paths have commas between them. Later files win. Raises UserError.
+
+    The key `base` of the first file names the config that it changes, relative to its folder. In a later file it does not
+    count, because there the files before are what it changes.
+    """
+    values = None
+    for path in paths.split(","):
+        of_file = read_yaml(path)
+        base = of_file.pop("base", None)
+        if values is None:
+            values = load_yaml(os.path.join(os.path.dirname(path), str(base))) if base is not None else {}
+        values |= parse_values(of_file, path)
+    return values
 
 
 def split_flags(argv: list[str], extra: tuple = ()) -> dict[str, str | bool]:
@@ -271,8 +300,8 @@ def split_flags(argv: list[str], extra: tuple = ()) -> dict[str, str | bool]:
 
 
 def from_flags(flags: dict, base: dict | None = None) -> Config:
-    """A validated Config: defaults, then `base`, then the YAML file `flags["config"]`, then the other flags."""
-    values = (base or {}) | (load_yaml(flags["config"]) if "config" in flags else {})
+    """A validated Config: defaults, then `base`, then the YAML files `flags["config"]`, then the other flags."""
+    values = (base or {}) | (load_files(flags["config"]) if "config" in flags else {})
     for name, value in flags.items():
         if name != "config":
             values[name] = parse_value(field_name(name, "command line"), value, "command line")
@@ -285,6 +314,21 @@ def load_config(argv: list[str], base: dict | None = None) -> Config:
         print(inspect.getsource(Config).split("    def ")[0])
         sys.exit(0)
     return from_flags(split_flags(argv), base)
+
+
+def parse_with_audio(p: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse a command line that writes or reads log-mels: `p`'s flags, and --config and each audio field.
+
+    The attribute `cfg` of the result is the validated Config. Raises UserError.
+    """
+    group = p.add_argument_group("the log-mel")
+    group.add_argument("--config", metavar="FILE", help="take the fields below from a config, or from several: FILE,FILE")
+    for name in AUDIO_FIELDS:
+        group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", metavar="N", help=f"default: {FIELDS[name].default}")
+    args = p.parse_args(argv)
+    flags = {name: getattr(args, name) for name in ("config", *AUDIO_FIELDS)}
+    args.cfg = from_flags({name: value for name, value in flags.items() if value is not None})
+    return args
 
 
 def to_yaml(cfg: Config) -> str:

@@ -85,8 +85,14 @@ args=(--config "$config" ${args[@]+"${args[@]}"})
 case " ${args[*]} " in
   *" --help "*|*" -h "*) sed -n '2,${/^#/!q;s/^# \{0,1\}//p;}' run.sh; exec python config.py --help ;;
 esac
-values=$(python config.py "${args[@]}" --get gpus,nproc,data_dir,prepare_script,batch_size,resume,run_name)
-for name in gpus nproc data_dir prepare batch_size resume run_name; do read -r "$name"; done <<< "$values"
+audio_fields="sample_rate n_fft hop_length win_length n_mels f_min f_max"
+values=$(python config.py "${args[@]}" \
+  --get "gpus,nproc,data_dir,prepare_script,batch_size,resume,run_name,${audio_fields// /,}")
+log_mel=()  # as flags
+{
+  for name in gpus nproc data_dir prepare batch_size resume run_name; do read -r "$name"; done
+  for name in $audio_fields; do read -r value; log_mel+=("--$name" "$value"); done
+} <<< "$values"
 ranks=$((gpus > 0 ? gpus : nproc))
 corpus=$data_dir/metadata/dataset_stats.json
 
@@ -161,7 +167,7 @@ if [ ! -f "$corpus" ]; then
     cp "$needs" .venv/installed_for_prepare
   fi
   echo "no corpus at $data_dir yet: running $prepare" >&2
-  python "$prepare" --out "$data_dir" ${source_dir:+--source "$source_dir"} ||
+  python "$prepare" --out "$data_dir" ${source_dir:+--source "$source_dir"} --config "$config" "${log_mel[@]}" ||
     die "the corpus was not prepared; a job that needs no downloads: ./run.sh --config configs/grammar.yaml"
 fi
 if ! $training; then

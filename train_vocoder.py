@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import audio
 from checkpoint import load_checkpoint
 from common import UserError, progress, run_cli, tell
-from config import Config
+from config import Config, parse_with_audio
 from corpus import RECORDINGS, Corpus
 from data import collate, training_rows
 from model import TTS
@@ -158,14 +158,14 @@ def train_on_voice(ckpt: str, recordings: Path | None = None) -> Path:
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data_dir", help="a processed corpus of the default log-mel")
+    what.add_argument("--data_dir", help="a processed corpus; another log-mel than the default: its --config or fields")
     what.add_argument("--ckpt", help="a checkpoint file; its corpus must be where the config says")
     p.add_argument("--recordings", type=Path, help="folder with <utt_id>.wav; default: the corpus's recordings/")
-    args = p.parse_args(argv)
+    args = parse_with_audio(p, argv)
     if args.ckpt:
         train_on_voice(args.ckpt, args.recordings)
     else:
-        train_on_recordings(args.data_dir, Config(), args.recordings)
+        train_on_recordings(args.data_dir, args.cfg, args.recordings)
 
 
 if __name__ == "__main__":

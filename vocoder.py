@@ -174,7 +174,8 @@ def load_learned(path, device, cfg: Config) -> Magnitudes:
 def refuse_other_log_mel(model: str, theirs: dict, cfg: Config) -> None:
     wrong = [f"{k} {v} (config: {getattr(cfg, k)})" for k, v in theirs.items() if v != getattr(cfg, k)]
     if wrong:
-        raise UserError(f"vocoder {model} expects another log-mel than the config's: {', '.join(wrong)}")
+        raise UserError(f"vocoder {model} expects another log-mel than the config's: {', '.join(wrong)}. Name one of the "
+                        "config's log-mel with eval_vocoder_model, train one (train_vocoder.py), or use griffinlim")
 
 
 # --- the choice

@@ -13,7 +13,7 @@ from config import Config
 RATE = 16000  # Hz, of both networks' input
 PACKAGES = {"speechmos": "DNSMOS", "resemblyzer": "likeness"}  # each optional package, and what it gives
 SEMITONES = np.arange(0, 12 * np.log2(500 / 60), 0.25)  # candidates for the pitch, above 60 Hz
-WINDOW = 2048  # samples of pitch's spectra at 22,050 Hz, 93 ms: the harmonics of a low voice are apart
+WINDOW = 0.093  # seconds of pitch's spectra: the harmonics of a low voice are apart
 HARMONICS, HIGHEST = 8, 4000.0  # number of harmonics that count, and the highest frequency in Hz
 UNVOICED = 0.1  # score of an unvoiced frame
 JUMP, SWITCH = 0.12, 0.1  # costs of a semitone's change, and of a change of voicing
@@ -57,14 +57,15 @@ def pitch(wav: np.ndarray, cfg: Config) -> np.ndarray:
     and Hirst, Speech Prosody 2008).
     """
     from librosa import stft  # here, because librosa loads slowly
-    bins = np.arange(WINDOW // 2 + 1) * cfg.sample_rate / WINDOW
+    window = 2 ** round(np.log2(WINDOW * cfg.sample_rate))  # samples
+    bins = np.arange(window // 2 + 1) * cfg.sample_rate / window
     bins = bins[bins < HIGHEST]
     frequencies = 60 * 2 ** (SEMITONES / 12)
     harmonic = bins / frequencies[:, None]  # (candidates, bins): the bin's place among the candidate's harmonics
     kernel = np.where((harmonic > 0.25) & (harmonic < HARMONICS + 0.5), np.cos(2 * np.pi * harmonic), 0)
     kernel *= np.where(harmonic < 0.75, 0.5, 1) / np.sqrt(np.maximum(harmonic, 0.5))
     kernel /= np.linalg.norm(kernel, axis=1, keepdims=True)
-    amplitudes = np.abs(stft(wav, n_fft=WINDOW, hop_length=cfg.hop_length))[:len(bins), :len(wav) // cfg.hop_length].T
+    amplitudes = np.abs(stft(wav, n_fft=window, hop_length=cfg.hop_length))[:len(bins), :len(wav) // cfg.hop_length].T
     loudness = np.linalg.norm(amplitudes, axis=1, keepdims=True)
     roots = np.sqrt(amplitudes)
     scores = roots @ kernel.T / np.maximum(np.linalg.norm(roots, axis=1, keepdims=True), 1e-9)

@@ -3,6 +3,7 @@ python -m pytest tests/test_config.py
 
 Configs: every field survives YAML and flags, and every mistake in one gives one line that names the key.
 """
+import argparse
 import dataclasses
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import config
 from common import UserError
-from config import CHOICES, FIELDS, HINTS, POSITIVE, PROBABILITY, Config
+from config import AUDIO_FIELDS, CHOICES, FIELDS, HINTS, POSITIVE, PROBABILITY, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {name: str if name in CHOICES else next(kind for kind in (bool, int, float, str)
@@ -109,6 +110,20 @@ def test_flags_win_over_yaml_and_yaml_wins_over_the_base(tmp_path):
     path = write_yaml(tmp_path, "width: 64\nlayers: 2\n")
     cfg = config.load_config(["--config", path, "--layers", "5"], base={"width": 8, "layers": 9, "heads": 2})
     assert (cfg.width, cfg.layers, cfg.heads) == (64, 5, 2)
+
+
+def test_later_files_win_and_only_the_first_one_has_its_base_below(tmp_path):
+    for name, text in (("a", "width: 64\nlayers: 2\n"), ("b", "base: a.yaml\nwidth: 32\n"), ("c", "base: none.yaml\nheads: 2\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    for files, expected in (("b", (32, 2, 4)), ("a,b", (32, 2, 4)), ("b,a", (64, 2, 4)), ("a,c", (64, 2, 2)), ("b,c", (32, 2, 2))):
+        cfg = config.load_config(["--config", ",".join(str(tmp_path / f"{name}.yaml") for name in files.split(","))])
+        assert (cfg.width, cfg.layers, cfg.heads) == expected, files
+    for files, hint in (("c", "none.yaml"), ("a,none", "none.yaml"), ("a,", "cannot read config")):
+        with pytest.raises(UserError, match=hint):
+            config.load_config(["--config", ",".join(name and str(tmp_path / f"{name}.yaml") for name in files.split(","))])
+    (tmp_path / "d.yaml").write_text("base: b.yaml\n")  # not base upon base, which could be a circle
+    with pytest.raises(UserError, match="b.yaml: unknown config key 'base'"):
+        config.load_config(["--config", str(tmp_path / "d.yaml")])
 
 
 def test_a_boolean_flag_needs_no_value():
@@ -252,6 +267,51 @@ def test_the_configs_of_the_repo_are_valid(path):
     assert cfg.run_name == path.stem
     assert (ROOT / cfg.prepare_script).is_file()
     assert cfg.eval_prompts in ("val", "test", "overfit") or (ROOT / cfg.eval_prompts).is_file()
+
+
+@pytest.mark.parametrize("name", ["bigvgan24k", "bigvgan44k"])
+def test_a_fragment_changes_the_representation_and_nothing_else(name):
+    """Alone it is the main job's config, behind another config it is that one."""
+    names = {*AUDIO_FIELDS, "eval_vocoder_model", "block_size", "run_name", "out_dir", "data_dir"}
+    fragment = ROOT / "configs" / f"{name}.yaml"
+    assert set(yaml.safe_load(fragment.read_text())) - {"base"} <= names
+    alone = config.load_config(["--config", str(fragment)])
+    assert alone.eval_vocoder_model in fragment.read_text().split("\n")[0]  # the comment names the same one
+    for base in ("ljspeech", "demo", "grammar"):
+        below, path = config.load_config(["--config", str(ROOT / "configs" / f"{base}.yaml")]), ROOT / "configs" / f"{base}.yaml"
+        both = config.load_config(["--config", f"{path},{fragment}"])
+        assert {field for field in FIELDS if getattr(both, field) != getattr(below, field)} <= names
+        assert {field: getattr(both, field) for field in AUDIO_FIELDS} == {field: getattr(alone, field) for field in AUDIO_FIELDS}
+        assert base != "ljspeech" or both == alone
+
+
+# --- the flags of preparation
+
+def parse(*argv):
+    p = argparse.ArgumentParser()
+    p.add_argument("--out")
+    return config.parse_with_audio(p, ["--out", "x", *argv])
+
+
+def test_the_log_mel_comes_from_flags_over_files_over_the_defaults(tmp_path):
+    path = write_yaml(tmp_path, "sample_rate: 24000\nn_mels: 100\nwidth: 64\n")
+    assert parse().cfg == Config() and parse().out == "x"
+    assert parse("--config", path).cfg == Config(sample_rate=24000, n_mels=100, width=64)
+    cfg = parse("--config", path, "--n-mels=128", "--f_max", "12e3", "--hop_length", "300").cfg
+    assert cfg == Config(sample_rate=24000, n_mels=128, width=64, f_max=12000.0, hop_length=300)
+    every = {"sample_rate": 44100, "n_fft": 2048, "hop_length": 512, "win_length": 2048, "n_mels": 128, "f_min": 20.0, "f_max": 22050.0}
+    assert list(every) == AUDIO_FIELDS
+    assert parse(*(word for name, value in every.items() for word in (f"--{name}", str(value)))).cfg == Config(**every)
+
+
+@pytest.mark.parametrize("argv, hint", [
+    ("--n_mels many", "n_mels = 'many' is not of type int"), ("--n_mels 0", "n_mels = 0: must be greater than 0"),
+    ("--sample_rate 8000", "f_max = 8000.0: must lie above"), ("--f_max nan", "f_max = 'nan' is not of type float"),
+    ("--hop_length 2000", "hop_length = 2000: must not exceed n_fft"), ("--win-length 2048", "win_length = 2048"),
+    ("--config none.yaml", "cannot read config none.yaml")])
+def test_log_mels_that_cannot_be_are_refused(argv, hint):
+    with pytest.raises(UserError, match=hint):
+        parse(*argv.split())
 
 
 # --- the command

@@ -13,7 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+import audio
 from checkpoint import read_checkpoint
+from common import UserError
+from config import AUDIO_FIELDS, Config
+from corpus import Corpus
+from espeak import espeak_wav
 
 SMALL = ("--config configs/grammar.yaml --gpus 0 --width 32 --heads 2 --layers 2 --text_encoder_width 32 "
          "--text_encoder_heads 2 --text_encoder_layers 1 --effective_batch_size 8 --batch_size 8 --log_interval 1 "
@@ -151,12 +156,35 @@ def test_the_tests_flag_fast_leaves_the_slow_ones_out(script, tmp_path):
 @pytest.mark.slow
 def test_prepare_makes_the_corpus_and_trains_nothing(script, demo_corpus, tmp_path):
     maker, corpus = tmp_path / "prepare.py", tmp_path / "corpus"
-    maker.write_text(f"import shutil, sys\nshutil.copytree({str(demo_corpus)!r}, sys.argv[sys.argv.index('--out') + 1])\n")
+    maker.write_text("import json, shutil, sys\n"
+                     f"shutil.copytree({str(demo_corpus)!r}, out := sys.argv[sys.argv.index('--out') + 1])\n"
+                     "json.dump(sys.argv[1:], open(out + '/argv', 'w'))\n")
     job = [script, "prepare", *SMALL, "--data_dir", corpus, "--prepare_script", maker, "--out_dir", tmp_path / "run"]
     for expected in (f"no corpus at {corpus} yet: running {maker}\n", ""):
         (status, out, err), = together([({"NNODES": "2"}, [*job, "--gpus", "8"])])  # which only training needs
         assert (status, out, err) == (0, f"the corpus is at {corpus}\n", expected)
         assert (corpus / "metadata" / "dataset_stats.json").exists() and not (tmp_path / "run").exists()
+    handed_on = {"out": corpus, "config": "configs/grammar.yaml"} | {field: getattr(Config(), field) for field in AUDIO_FIELDS}
+    assert json.loads((corpus / "argv").read_text()) == [word for k, v in handed_on.items() for word in (f"--{k}", str(v))]
+
+
+@pytest.mark.slow
+def test_the_corpus_has_the_log_mel_of_the_config_and_of_the_flags(script, tmp_path):
+    """By a fragment, the user's own file behind it, and flags over both. A mistake is one line."""
+    own, texts = tmp_path / "own.yaml", ["A red lamp.", "A green lamp.", "Nobody came.", "Good morning."]
+    own.write_text("prepare_script: data/folder/prepare.py\nf_min: 20\nrun_name: own\n")
+    (tmp_path / "wavs").mkdir()
+    for n, text in enumerate(texts):
+        audio.write_wav(tmp_path / "wavs" / f"{n}.wav", espeak_wav(text, 24000), 24000)
+        (tmp_path / "wavs" / f"{n}.txt").write_text(text)
+    job = [script, "prepare", "--source", tmp_path / "wavs", f"--config=configs/bigvgan24k.yaml,{own}", "--n-mels", "40"]
+    good, bad = together([({}, [*job, "--data_dir", tmp_path / "corpus", "--f_max=7600"]),
+                          ({}, [*job, "--data_dir", tmp_path / "bad", "--f_max=13000"])])
+    assert good[0] == 0, good
+    Corpus(tmp_path / "corpus", Config(sample_rate=24000, n_mels=40, f_min=20.0, f_max=7600.0)).check()
+    with pytest.raises(UserError, match=r"sample_rate is 24000 \(config: 22050\), n_mels is 40 \(config: 80\), f_min is 20.0"):
+        Corpus(tmp_path / "corpus", Config())
+    assert bad == (2, "", "error: f_max = 13000.0: must lie above f_min = 20.0 and not above half the sample rate\n")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, run_cli
-from config import Config
+from config import parse_with_audio
 from corpus import Utterance, hash_splits, write_corpus
 from espeak import espeak_wav
 
@@ -106,9 +106,9 @@ def main(argv: list[str]) -> None:
     p.add_argument("--workers", type=int, help="number of processes; default: one per core")
     p.add_argument("--strict", action="store_true", help="refuse bad lines instead of skipping them")
     p.add_argument("--force", action="store_true", help="replace an existing corpus")
-    args = p.parse_args(argv)
+    args = parse_with_audio(p, argv)
     utterances = read_utterances(args.text) if args.text else grammar_utterances(args.train, args.held_out, args.seed)
-    write_corpus(args.out, utterances, espeak_wav, Config(), args.workers, args.strict, args.force)
+    write_corpus(args.out, utterances, espeak_wav, args.cfg, args.workers, args.strict, args.force)
 
 
 if __name__ == "__main__":

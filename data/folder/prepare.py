@@ -10,6 +10,8 @@ asks in one line for what it cannot tell. The answers are flags:
     --columns audio,-,text        what each of its columns is: audio, text, speaker, or - (not read)
     --speaker anna                whose lines are taken
     --encoding latin-1            of the texts, if it is not UTF-8
+
+Speech at 24 or 44.1 kHz: --config configs/bigvgan24k.yaml or bigvgan44k.yaml, here and for the training.
 """
 import argparse
 import functools
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from audio import read_wav
 from common import UserError, run_cli
-from config import Config
+from config import parse_with_audio
 from corpus import KEPT, Utterance, hash_splits, refuse_existing, write_corpus
 from recordings import describe, find_sounds, index_sounds, is_sound, list_files, pair_transcripts, without_suffix
 from transcripts import find_table, read_table, read_transcript
@@ -117,14 +119,14 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 def prepare(source: Path, args: argparse.Namespace) -> None:
     """Write the corpus of a folder, as the flags say. Raises UserError."""
     utterances = read_folder(source, args.metadata, args.encoding, args.columns, args.speaker)
-    write_corpus(args.out, utterances, read_wav, Config(), args.workers, args.strict, args.force, recordings=KEPT)
+    write_corpus(args.out, utterances, read_wav, args.cfg, args.workers, args.strict, args.force, recordings=KEPT)
 
 
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--source", type=Path, required=True, help="the folder of recordings")
     add_flags(p)
-    args = p.parse_args(argv)
+    args = parse_with_audio(p, argv)
     refuse_existing(args.out, args.force)
     prepare(args.source, args)
 

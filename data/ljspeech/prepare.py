@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from common import UserError, first_line, make_folder, progress, replacing, run_cli
+from config import parse_with_audio
 from corpus import refuse_existing
 from folder.prepare import add_flags, prepare  # data/folder/prepare.py
 
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--sha256", default=SHA256, help="the archive's SHA-256")
     p.add_argument("--cache", type=Path, default=Path(__file__).parent, help="folder for the archive and its contents")
     add_flags(p)
-    args = p.parse_args(argv)
+    args = parse_with_audio(p, argv)
     refuse_existing(args.out, args.force)  # before a long download
     source = args.source or args.cache / NAME
     if not args.source and not source.is_dir():

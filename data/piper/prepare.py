@@ -18,7 +18,7 @@ import numpy as np
 
 import audio
 from common import UserError, first_line, make_folder, progress, remove, run_cli, write_file
-from config import Config
+from config import Config, parse_with_audio
 from corpus import KEPT, Corpus, Utterance, hash_splits, refuse_existing, write_corpus
 from everyday import TEST, VAL, everyday_lines
 
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--workers", type=int, help="number of processes; default: one per core")
     p.add_argument("--strict", action="store_true", help="refuse bad lines instead of skipping them")
     p.add_argument("--force", action="store_true", help="replace an existing corpus, and the folder of --keep_wavs")
-    args = p.parse_args(argv)
+    args = parse_with_audio(p, argv)
     refuse_existing(args.out, args.force)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: expected 0 or more")
@@ -181,10 +181,9 @@ def main(argv: list[str]) -> None:
     utterances = [Utterance(i, text, split, f"{job}|{i}|{spoken}") for i, (split, text, spoken) in zip(ids, lines)]
     wavs = keep_folder(args.keep_wavs, args.force) if args.keep_wavs else None
     read = functools.partial(read_aloud, voice=voice, seed=args.seed, wavs=wavs)
-    write_corpus(args.out, utterances, read, Config(), args.workers, args.strict, args.force,
-                 recordings=KEPT)
+    write_corpus(args.out, utterances, read, args.cfg, args.workers, args.strict, args.force, recordings=KEPT)
     if wavs:
-        finish_folder(args.keep_wavs, args.out, utterances, read, Config())
+        finish_folder(args.keep_wavs, args.out, utterances, read, args.cfg)
 
 
 if __name__ == "__main__":
