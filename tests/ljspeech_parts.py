@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from conftest import ROOT
 
 import audio
-from config import Config
+from config import Config, from_flags
 from corpus import write_corpus
 from folder.prepare import read_folder  # data/folder/prepare.py
 
@@ -147,18 +148,36 @@ def save_text_encoder(folder: Path) -> None:
                             feed_forward_proj="gated-gelu")).save_pretrained(folder)
 
 
-def save_bigvgan(folder: Path) -> None:
-    """The published config.json of v2, 22 kHz, 80 bands, but with fewer channels and kernels."""
+def published_bigvgan(rate: int, bands: int, n_fft: int, hop: int, fmax: int | None, upsample_rates: list[int]) -> dict:
+    """The published config.json of a BigVGAN v2, but with fewer channels and kernels."""
+    return {"resblock": "1", "upsample_rates": upsample_rates, "upsample_kernel_sizes": [2 * n for n in upsample_rates],
+            "upsample_initial_channel": 64, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]],
+            "use_tanh_at_final": False, "use_bias_at_final": False, "activation": "snakebeta", "snake_logscale": True,
+            "segment_size": 65536, "num_mels": bands, "num_freq": n_fft + 1, "n_fft": n_fft, "hop_size": hop,
+            "win_size": n_fft, "sampling_rate": rate, "fmin": 0, "fmax": fmax, "fmax_for_loss": None}
+
+
+BIGVGAN = {  # by the config whose log-mel it has
+    "ljspeech": published_bigvgan(22050, 80, 1024, 256, 8000, [4, 4, 2, 2, 2, 2]),
+    "bigvgan24k": published_bigvgan(24000, 100, 1024, 256, None, [4, 4, 2, 2, 2, 2]),
+    "bigvgan44k": published_bigvgan(44100, 128, 2048, 512, None, [8, 4, 2, 2, 2, 2])}
+
+
+def config_of(name: str, **changes) -> Config:
+    """A config of the repository, with changes."""
+    return from_flags({"config": str(ROOT / "configs" / f"{name}.yaml")} | {k: str(v) for k, v in changes.items()})
+
+
+def save_bigvgan(folder: Path, name: str = "ljspeech") -> str:
+    """Small random weights as the published ones are stored. Returns the folder's path."""
     from bigvgan.bigvgan import AttrDict, BigVGAN
-    h = {"resblock": "1", "upsample_rates": [8, 8, 2, 2], "upsample_kernel_sizes": [16, 16, 4, 4],
-         "upsample_initial_channel": 32, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]],
-         "use_tanh_at_final": False, "use_bias_at_final": False, "activation": "snakebeta", "snake_logscale": True,
-         "segment_size": 65536, "num_mels": 80, "num_freq": 1025, "n_fft": 1024, "hop_size": 256, "win_size": 1024,
-         "sampling_rate": 22050, "fmin": 0, "fmax": 8000, "fmax_for_loss": None}
     folder.mkdir()
-    torch.manual_seed(0)
-    (folder / "config.json").write_text(json.dumps(h))
-    torch.save({"generator": BigVGAN(AttrDict(h)).state_dict()}, folder / "bigvgan_generator.pt")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = BigVGAN(AttrDict(BIGVGAN[name])).state_dict()
+    (folder / "config.json").write_text(json.dumps(BIGVGAN[name]))
+    torch.save({"generator": state}, folder / "bigvgan_generator.pt")
+    return str(folder)
 
 
 def save_whisper(path: Path) -> None:

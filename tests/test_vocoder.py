@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ljspeech_parts import BIGVGAN, config_of
+from ljspeech_parts import save_bigvgan as save_small_bigvgan
 from test_audio import TEXT, sine
 
 import audio
 import vocoder
 from common import UserError
-from config import Config
+from config import AUDIO_FIELDS, Config
 from espeak import espeak_wav
 
 CFG = Config()
@@ -31,20 +33,23 @@ def speech():
 
 # --- Griffin-Lim
 
-def test_griffin_lim_gives_the_speech_of_its_log_mel(speech):
-    mel = audio.log_mel(speech, CFG)
-    wav = vocoder.griffin_lim(mel, CFG)
-    assert wav.dtype == np.float32 and wav.shape == (len(mel) * HOP,) and np.isfinite(wav).all()
-    assert np.array_equal(wav, vocoder.griffin_lim(mel, CFG))
-    copy = audio.log_mel(wav, CFG)
+@pytest.mark.parametrize("name", BIGVGAN)
+def test_griffin_lim_gives_the_speech_of_its_log_mel(name):
+    cfg = config_of(name)
+    hop, speech = cfg.hop_length, espeak_wav(TEXT, cfg.sample_rate)
+    mel = audio.log_mel(speech, cfg)
+    wav = vocoder.griffin_lim(mel, cfg)
+    assert wav.dtype == np.float32 and wav.shape == (len(mel) * hop,) and np.isfinite(wav).all()
+    assert np.array_equal(wav, vocoder.griffin_lim(mel, cfg))
+    copy = audio.log_mel(wav, cfg)
     # Measured on six sentences: differences of 0.13 to 0.18, correlations of 0.977 to 0.993. A shift by one frame gives 0.5.
     assert (copy - mel).abs().mean() < 0.25
     assert np.corrcoef(copy.numpy().ravel(), mel.numpy().ravel())[0, 1] > 0.97
     # The loudness of the copy follows that of the original within half a hop.
-    energy = [np.convolve(x[:len(wav)] ** 2, np.ones(HOP), "same") for x in (wav, speech)]
-    lags = range(-HOP, HOP + 1, HOP // 4)
+    energy = [np.convolve(x[:len(wav)] ** 2, np.ones(hop), "same") for x in (wav, speech)]
+    lags = range(-hop, hop + 1, hop // 4)
     best = max(lags, key=lambda lag: np.corrcoef(np.roll(energy[0], lag), energy[1][:len(wav)])[0, 1])
-    assert abs(best) <= HOP // 2
+    assert abs(best) <= hop // 2
 
 
 @given(st.integers(1, 5), st.floats(audio.LOG_MEL_FLOOR, 2))
@@ -111,6 +116,26 @@ def test_bigvgan_from_a_folder_gives_the_generators_output(tmp_path):
         wav = vocoder.load_vocoder(Config(eval_vocoder="bigvgan", eval_vocoder_model=folder), "cpu")(mel)
         assert wav.dtype == np.float32
         np.testing.assert_allclose(wav, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BIGVGAN)
+def test_each_published_bigvgan_loads_by_our_config_for_it_and_by_no_other(tmp_path, name):
+    """Small random weights with the published config.json. One message names all fields that differ."""
+    folder = save_small_bigvgan(tmp_path / "weights", name)
+    for other in BIGVGAN:
+        cfg = config_of(other, eval_vocoder="bigvgan", eval_vocoder_model=folder)
+        if other == name:
+            mel = audio.log_mel(espeak_wav(TEXT, cfg.sample_rate), cfg)
+            wav = vocoder.load_vocoder(cfg, "cpu")(mel[:40])
+            assert wav.dtype == np.float32 and wav.shape == (40 * cfg.hop_length,) and np.isfinite(wav).all() and np.ptp(wav) > 0.1
+            continue
+        with pytest.raises(UserError) as e:
+            vocoder.load_vocoder(cfg, "cpu")
+        theirs, message = config_of(name), str(e.value)
+        wrong = [k for k in AUDIO_FIELDS if getattr(theirs, k) != getattr(cfg, k)]
+        assert len(wrong) >= 3 and message.count("(config: ") == len(wrong) and "eval_vocoder_model" in message
+        for k in wrong:
+            assert f"{k} {getattr(theirs, k):g}" in message and f" (config: {getattr(cfg, k)})" in message
 
 
 def test_a_missing_bigvgan_is_refused(tmp_path):
