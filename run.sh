@@ -5,6 +5,7 @@
 #   BATCH_SIZE=64 NUM_GPUS=2 ./run.sh
 #   ./run.sh --source /data/LJSpeech-1.1       use your copy of LJSpeech instead of a download
 #   ./run.sh --config configs/demo.yaml        the same job on a natural voice that a program reads: two CPU cores
+#   ./run.sh --config configs/bigvgan24k.yaml --source DIR    your recordings at 24 kHz; any log-mel: --sample_rate, --n_mels, …
 #   ./run.sh --gpus 0 --nproc 2 ...            two CPU ranks
 #   ./run.sh prepare [flags]                   only set up and prepare the corpus
 #   ./run.sh sample --text "Hi!" --out hi.wav  set up and speak, with the flags of sample.py

@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -214,6 +215,9 @@ def test_the_command_makes_a_corpus_and_a_folder_of_wavs(voice, tmp_path):
     (kept / "metadata.csv").unlink()
     prepare.main([*job, "--keep_wavs", str(kept), "--force"])
     assert {p.name: p.read_bytes() for p in (kept / "wavs").iterdir()} == wavs
+    prepare.main([*job, "--keep_wavs", str(kept), "--force", "--sample_rate", "24000"])
+    Corpus(str(out), Config(sample_rate=24000)).check()
+    assert {soundfile.info(path).samplerate for path in (kept / "wavs").iterdir()} == {24000}
 
 
 # --- run.sh

@@ -1,4 +1,5 @@
 """Speech at 24 and 44.1 kHz, from a folder of recordings to sound: all by the fragments in configs/ and small random weights."""
+import importlib.util
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT
+from demo import prepare as demo  # data/demo/prepare.py
 
 import audio
 import checkpoint
@@ -16,6 +18,7 @@ import train
 import train_vocoder
 import vocoder
 from common import UserError
+from config import Config
 from corpus import RECORDINGS, Corpus
 from espeak import espeak_wav
 from eval.judge import WHISPER_RATE, WhisperJudge
@@ -24,6 +27,28 @@ from folder import prepare  # data/folder/prepare.py
 SMALL = ("--width 32 --heads 2 --layers 1 --text_encoder_width 32 --text_encoder_heads 2 --text_encoder_layers 1 --max_steps 2 "
          "--batch_size 4 --effective_batch_size 4 --val_interval 0 --eval_interval 2 --eval_judge whisper --eval_num_samples 1 "
          "--eval_steps 1 --eval_vocoder bigvgan --warmup_steps 1 --no_wandb").split()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*/prepare.py")), ids=lambda path: path.parent.name)
+def test_every_preparation_takes_the_fields_of_the_log_mel(path, tmp_path):
+    """Their mistakes are found first, before a download or a voice is loaded."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    needed = ["--source", str(tmp_path)] if path.parent.name == "folder" else []
+    (tmp_path / "own.yaml").write_text("sample_rate: 16000\n")
+    with pytest.raises(UserError, match="f_max = 8001.0: must lie above f_min = 0.0 and not above half the sample rate"):
+        module.main(["--out", str(tmp_path / "x"), *needed, "--config", str(tmp_path / "own.yaml"), "--f-max", "8001"])
+
+
+def test_the_grammar_is_read_in_any_log_mel(tmp_path):
+    fields = {"sample_rate": 16000, "n_fft": 512, "hop_length": 128, "win_length": 512, "n_mels": 40, "f_min": 50.0, "f_max": 7600.0}
+    demo.main(["--out", str(tmp_path / "corpus"), "--train", "2", "--held-out", "2", "--workers", "1",
+               *(word for name, value in fields.items() for word in (f"--{name}", str(value)))])
+    corpus = Corpus(tmp_path / "corpus", Config(**fields))
+    corpus.check()
+    wav = espeak_wav(corpus.texts[0], 16000)
+    assert abs(len(corpus.mel(0)) - len(wav) / 128) < 1 and corpus.mel(0).shape[1] == 40
 
 
 @pytest.fixture(scope="module", params=["bigvgan24k", "bigvgan44k"])
