@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from common import UserError, first_line, replacing
-from config import FIELDS, Config, field_name, load_yaml, parse_value, to_yaml, validate
+from config import BEFORE, FIELDS, Config, field_name, load_yaml, parse_value, refuse_other_shape, to_yaml, validate
 from model import TTS, load_tts
 from vocoder import LEARNED, find_learned
 
@@ -20,8 +20,6 @@ from vocoder import LEARNED, find_learned
 FREE_TO_CHANGE = ("run_name out_dir resume gpus nproc dtype compile data_dir prepare_script loader_threads batch_size "
                   "max_steps max_epochs max_train_seconds max_skipped_steps log_interval val_interval val_num_samples "
                   "checkpoint_interval keep_checkpoints no_wandb wandb_project wandb_url").split()
-# What a checkpoint from before a field was there did, where that is not the field's default
-BEFORE = {"predicts": "velocity"}
 
 
 # --- reading
@@ -131,15 +129,31 @@ def find_resume(cfg: Config) -> str | None:
     return cfg.resume or None
 
 
+def start_from_voice(cfg: Config, model: TTS, ema: dict) -> dict:
+    """Copy the weights of the voice cfg.init_from, averaged if it has averages, into model and averages.
+
+    Returns the characters of the voice's texts as {"characters": str}. Raises UserError if the weights do not fit.
+    """
+    voice, ckpt = load_checkpoint(cfg.init_from, "cpu")
+    refuse_other_shape(cfg.init_from, vars(voice.cfg), vars(cfg))  # than in the config.yaml beside it
+    if voice.saved_state().keys() - model.saved_state().keys():  # checkpoints would lack the text encoder's weights
+        raise UserError(f"train_text_encoder is True in {cfg.init_from}, False here; leave it out, and it will be True")
+    model.load_state_dict(voice.state_dict())
+    weights = dict(model.named_parameters())
+    for name in ema:
+        ema[name].copy_(weights[name].detach())
+    return {"characters": ckpt.get("characters", "")}
+
+
 def resume_checkpoint(cfg: Config, model: TTS, optimizers, ema: dict, corpus: str) -> dict:
     """Load the checkpoint that cfg.resume names into model, optimisers and averages, and return it.
 
-    A fresh start returns {"step": 0}. `corpus` is the fingerprint of the corpus. Raises UserError if that or a field that
-    shapes training has changed.
+    A fresh start returns {"step": 0}, and has the weights of the voice cfg.init_from, if there is one. `corpus` is the
+    fingerprint of the corpus. Raises UserError if that or a field that shapes training has changed.
     """
     path = find_resume(cfg)
     if path is None:
-        return {"step": 0}
+        return {"step": 0} | (start_from_voice(cfg, model, ema) if cfg.init_from else {})
     ckpt = read_checkpoint(path)
     if "optimizers" not in ckpt:
         raise UserError(f"{path} holds no optimiser state; only checkpoints that train.py wrote can be resumed")

@@ -27,6 +27,8 @@ class Config:
     out_dir: str = ""  # the folder for everything that the run writes; empty: .artifacts/local/<run_name>
     seed: int = 1337
     resume: str = ""  # "latest" (out_dir's newest checkpoint; a fresh start if there is none) or the path of a checkpoint
+    # A voice (a run's checkpoint or an exported folder) from whose weights the run starts. The fields of SHAPE come from it
+    init_from: str = ""
     gpus: int = 0  # number of this machine's GPUs to train on, one rank each; 0: train on the CPU
     nproc: int = 1  # number of CPU ranks (gloo) when gpus is 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on CUDA, float32 on a CPU
@@ -141,6 +143,12 @@ class Config:
 
 
 AUDIO_FIELDS = "sample_rate n_fft hop_length win_length n_mels f_min f_max".split()
+# The fields that give a model's weights their meaning. A run that starts from a voice takes them from there
+SHAPE = AUDIO_FIELDS + ("text_encoder_name text_encoder_width text_encoder_layers text_encoder_heads text_blocks width "
+                        "layers heads patch mlp_ratio time_conditioning alignment_search cross_rope rope_gamma self_rope "
+                        "qk_norm predicts").split()
+# What a config from before a field was there did, where that is not the field's default
+BEFORE = {"predicts": "velocity"}
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 HINTS = get_type_hints(Config)
 CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
@@ -299,13 +307,45 @@ def split_flags(argv: list[str], extra: tuple = ()) -> dict[str, str | bool]:
     return flags
 
 
+def refuse_other_shape(voice: str, theirs: dict, ours: dict) -> None:
+    """Raise UserError if a field of SHAPE is another in `ours` than in `theirs`, the config of the voice."""
+    if wrong := [f"{k} is {theirs[k]} in the voice, {ours[k]} here" for k in SHAPE if k in ours and ours[k] != theirs[k]]:
+        raise UserError(f"cannot start from {voice}: {', '.join(wrong)}; leave these fields out, they come from the voice")
+
+
+def voice_shape(given: dict) -> dict:
+    """SHAPE and train_text_encoder of the voice that a run with the values `given` starts from. Raises UserError.
+
+    They are read from the config.yaml that lies in an exported folder and beside a run's checkpoints. A run that goes on has
+    its own, so the voice may be gone then.
+    """
+    voice, latest = given["init_from"], os.path.join(Config(**given).out_dir, "latest.pt")
+    if resume := given.get("resume"):
+        voice = resume if resume != "latest" else latest if os.path.exists(latest) else voice
+    if not os.path.exists(voice):
+        raise UserError(f"no voice at {voice}; expected a checkpoint such as .artifacts/local/demo/latest.pt, or a folder "
+                        "that sample.py --export wrote, such as voices/joe")
+    path = os.path.join(voice if os.path.isdir(voice) else os.path.dirname(voice), "config.yaml")
+    if not os.path.isfile(path):
+        raise UserError(f"no {path}, which says how {voice} is built; bring back the config.yaml of its run, or export the "
+                        f"voice (python sample.py --ckpt {voice} --export FOLDER) and name that folder")
+    theirs = {k: f.default for k, f in FIELDS.items()} | BEFORE | load_yaml(path)
+    refuse_other_shape(voice, theirs, given)
+    return {k: theirs[k] for k in (*SHAPE, "train_text_encoder")}
+
+
 def from_flags(flags: dict, base: dict | None = None) -> Config:
-    """A validated Config: defaults, then `base`, then the YAML files `flags["config"]`, then the other flags."""
-    values = (base or {}) | (load_files(flags["config"]) if "config" in flags else {})
+    """A validated Config: defaults, then `base`, then the YAML files `flags["config"]`, then the other flags.
+
+    Without a `base`, a run that starts from a voice (init_from) has the shape of that.
+    """
+    given = load_files(flags["config"]) if "config" in flags else {}
     for name, value in flags.items():
         if name != "config":
-            values[name] = parse_value(field_name(name, "command line"), value, "command line")
-    return validate(Config(**values))
+            given[name] = parse_value(field_name(name, "command line"), value, "command line")
+    if base is None and given.get("init_from"):
+        base = voice_shape(given)
+    return validate(Config(**((base or {}) | given)))
 
 
 def load_config(argv: list[str], base: dict | None = None) -> Config:

@@ -368,7 +368,7 @@ class Corpus:
             if wrong := [f"{k} is {meta.get(k)!r} (config: {getattr(self.cfg, k)})" for k in AUDIO_FIELDS
                          if meta.get(k) != getattr(self.cfg, k)]:
                 raise UserError(f"{folder / 'meta.json'} disagrees with the config: {', '.join(wrong)}; prepare the corpus "
-                                "with these fields, or set them as the corpus has them")
+                                "with these fields (with init_from the voice's), or set them as the corpus has them")
             if size != total * self.cfg.n_mels * 2:
                 raise UserError(f"{folder / FRAMES_FILE} has {size} bytes, expected {total * self.cfg.n_mels * 2} for the "
                                 f"{end - start} utterances of {self.index_file.name}; {PREPARE_AGAIN}")

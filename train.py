@@ -155,11 +155,11 @@ def main(argv: list[str]) -> None:
     if "window" in ckpt:
         window.load(ckpt["window"], ranks)
     train_seconds, skipped, in_a_row = (ckpt.get(k, 0) for k in ("train_seconds", "skipped", "skipped_in_a_row"))
+    characters = "".join(sorted({*corpus.spoken_characters, *filter(str.isalpha, ckpt.get("characters", ""))}))
     # tried_step: of the newest checkpoint here, even if its write failed. A run that goes on in a new folder has none
     saved, tried_step, ckpt = True, step if not step or numbered_checkpoint(out, step).exists() else -1, None
-    say(f"{'from step ' + str(step) if step else 'training'} to step {last_step}: {ranks.world} rank(s) on "
-        f"{ranks.device.type}, {cfg.effective_batch_size} utterances per step, {steps.steps_per_epoch} steps per epoch, "
-        f"in {out}")
+    say(f"from {f'step {step}' if step else cfg.init_from or 'scratch'} to step {last_step}: {ranks.world} rank(s) on "
+        f"{ranks.device.type}, {cfg.effective_batch_size} utterances a step, {steps.steps_per_epoch} steps an epoch; {out}")
 
     # --- the loop
     model.train()
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
             if step > tried_step and (done or eval_due or save_due):
                 distributed.check_ranks_agree(model, ranks)
                 state = {"train_seconds": train_seconds, "skipped": skipped, "skipped_in_a_row": in_a_row,
-                         "window": window.state(ranks), "corpus": fingerprint, "characters": corpus.spoken_characters}
+                         "window": window.state(ranks), "corpus": fingerprint, "characters": characters}
                 if metrics:
                     saved = metrics.attempt("the checkpoint", save_checkpoint, cfg, model, optimizers, ema, step, state)
                 tried_step = step

@@ -62,6 +62,7 @@ def configs(draw):
     values["win_length"] = draw(st.integers(1, values["n_fft"]))
     values["f_max"] = draw(st.floats(0, values["sample_rate"] / 2, exclude_min=True))
     values["f_min"] = draw(st.floats(0, values["f_max"], exclude_max=True))
+    values["init_from"] = ""  # else it must be a voice: see "from a voice"
     values["mel_mean"] = draw(st.none() | st.floats(-50, 50))
     values["mel_std"] = draw(st.none() | st.floats(1e-6, 50))
     return Config(**values)
