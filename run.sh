@@ -4,6 +4,7 @@
 #   ./run.sh --gpus 1 --batch_size 32          any config field is a flag
 #   BATCH_SIZE=64 NUM_GPUS=2 ./run.sh
 #   ./run.sh --source /data/LJSpeech-1.1       use your copy of LJSpeech instead of a download
+#   ./run.sh --init_from voices/joe --source my_recordings   your voice from minutes of speech: configs/finetune.yaml
 #   ./run.sh --config configs/demo.yaml        the same job on a natural voice that a program reads: two CPU cores
 #   ./run.sh --config configs/bigvgan24k.yaml --source DIR    your recordings at 24 kHz; any log-mel: --sample_rate, --n_mels, …
 #   ./run.sh --gpus 0 --nproc 2 ...            two CPU ranks
@@ -69,7 +70,7 @@ fi
 # --- the config: a file, then environment variables, then flags
 training=true
 if [ "${1:-}" = prepare ]; then shift; training=false NNODES=1; fi
-config=configs/ljspeech.yaml source_dir=
+config= source_dir=
 args=()
 [ -z "${NUM_GPUS:-}" ] || args+=(--gpus "$NUM_GPUS")
 [ -z "${BATCH_SIZE:-}" ] || args+=(--batch_size "$BATCH_SIZE")
@@ -82,6 +83,12 @@ while [ $# -gt 0 ]; do
     *) args+=("$1"); shift ;;
   esac
 done
+if [ -z "$config" ]; then
+  case " ${args[*]-} " in
+    *" --init_from"*|*" --init-from"*) config=configs/finetune.yaml ;;  # ljspeech.yaml sets sizes of its own
+    *) config=configs/ljspeech.yaml ;;
+  esac
+fi
 args=(--config "$config" ${args[@]+"${args[@]}"})
 case " ${args[*]} " in
   *" --help "*|*" -h "*) sed -n '2,${/^#/!q;s/^# \{0,1\}//p;}' run.sh; exec python config.py --help ;;

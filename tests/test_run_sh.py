@@ -79,6 +79,7 @@ def test_the_command_follows_the_environment(script, demo_corpus, scontrol):
     by_hand = {"NNODES": "2", "RDZV_ENDPOINT": "10.0.0.1:29500"}
     cases = {
         "one process": ({}, job), "two ranks": ({}, [*job, "--nproc", "2"]), "restarts": ({"MAX_RESTARTS": "2"}, job),
+        "from a voice": ({}, [script, "--init_from", "voices/joe"]),
         "by hand": (by_hand, job), "named": (by_hand | {"RDZV_ID": "mine", "MAX_RESTARTS": "0"}, [*job, "--resume", "x.pt"]),
         "srun": (SLURM | {"PATH": scontrol}, job), "srun, but": (SLURM | by_hand, job),
         "srun on one": (SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}, job),
@@ -93,6 +94,7 @@ def test_the_command_follows_the_environment(script, demo_corpus, scontrol):
     arguments = [str(word) for word in job[1:]]
     for name in ("one process", "srun on one", "sbatch"):
         assert got[name] == ("python", {}, arguments), name
+    assert got["from a voice"] == ("python", {}, ["--config", "configs/finetune.yaml", "--init_from", "voices/joe"])
     torchrun, machines = "python -m torch.distributed.run", "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run"
     common = {"--nproc-per-node": "1", "--shutdown-timeout": "300",
               "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
