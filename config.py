@@ -242,8 +242,8 @@ def validate(cfg: Config) -> Config:
     return cfg
 
 
-def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file as it is. Raises UserError."""
+def load_yaml(path: str) -> dict:
+    """The mapping in a YAML file, with every key and value checked. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as f:
             values = yaml.safe_load(f)
@@ -255,33 +255,7 @@ def read_yaml(path: str) -> dict:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected lines of 'key: value'")
-    return values
-
-
-def parse_values(values: dict, source: str) -> dict:
-    """The mapping of `source` with every key and value checked. Raises UserError."""
-    return {(name := field_name(str(key), source)): parse_value(name, value, source) for key, value in values.items()}
-
-
-def load_yaml(path: str) -> dict:
-    """The mapping in a YAML file, with every key and value checked. Raises UserError."""
-    return parse_values(read_yaml(path), path)
-
-
-def load_files(paths: str) -> dict:
-    """The values of YAML files, whose paths have commas between them. Later files win. Raises UserError.
-
-    The key `base` of the first file names the config that it changes, relative to its folder. In a later file it does not
-    count, because there the files before are what it changes.
-    """
-    values = None
-    for path in paths.split(","):
-        of_file = read_yaml(path)
-        base = of_file.pop("base", None)
-        if values is None:
-            values = load_yaml(os.path.join(os.path.dirname(path), str(base))) if base is not None else {}
-        values |= parse_values(of_file, path)
-    return values
+    return {(name := field_name(str(key), path)): parse_value(name, value, path) for key, value in values.items()}
 
 
 def split_flags(argv: list[str], extra: tuple = ()) -> dict[str, str | bool]:
@@ -335,11 +309,14 @@ def voice_shape(given: dict) -> dict:
 
 
 def from_flags(flags: dict, base: dict | None = None) -> Config:
-    """A validated Config: defaults, then `base`, then the YAML files `flags["config"]`, then the other flags.
+    """A validated Config: defaults, then `base`, then the files of flags["config"], then the other flags.
 
-    Without a `base`, a run that starts from a voice (init_from) has the shape of that.
+    The files are YAML, as FILE,FILE; later ones win. Without a `base`, a run that starts from a
+    voice (init_from) has the shape of that.
     """
-    given = load_files(flags["config"]) if "config" in flags else {}
+    given = {}
+    for path in flags["config"].split(",") if "config" in flags else ():
+        given |= load_yaml(path)
     for name, value in flags.items():
         if name != "config":
             given[name] = parse_value(field_name(name, "command line"), value, "command line")

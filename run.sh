@@ -6,7 +6,7 @@
 #   ./run.sh --source /data/LJSpeech-1.1       use your copy of LJSpeech instead of a download
 #   ./run.sh --init_from voices/joe --source my_recordings   your voice from minutes of speech: configs/finetune.yaml
 #   ./run.sh --config configs/demo.yaml        the same job on a natural voice that a program reads: two CPU cores
-#   ./run.sh --config configs/bigvgan24k.yaml --source DIR    your recordings at 24 kHz; any log-mel: --sample_rate, --n_mels, …
+#   ./run.sh --config configs/ljspeech.yaml,configs/bigvgan24k.yaml --source DIR    your recordings at 24 kHz
 #   ./run.sh --gpus 0 --nproc 2 ...            two CPU ranks
 #   ./run.sh prepare [flags]                   only set up and prepare the corpus
 #   ./run.sh sample --text "Hi!" --out hi.wav  set up and speak, with the flags of sample.py

@@ -113,18 +113,14 @@ def test_flags_win_over_yaml_and_yaml_wins_over_the_base(tmp_path):
     assert (cfg.width, cfg.layers, cfg.heads) == (64, 5, 2)
 
 
-def test_later_files_win_and_only_the_first_one_has_its_base_below(tmp_path):
-    for name, text in (("a", "width: 64\nlayers: 2\n"), ("b", "base: a.yaml\nwidth: 32\n"), ("c", "base: none.yaml\nheads: 2\n")):
+def test_later_files_win(tmp_path):
+    for name, text in (("a", "width: 64\nlayers: 2\n"), ("b", "width: 32\n")):
         (tmp_path / f"{name}.yaml").write_text(text)
-    for files, expected in (("b", (32, 2, 4)), ("a,b", (32, 2, 4)), ("b,a", (64, 2, 4)), ("a,c", (64, 2, 2)), ("b,c", (32, 2, 2))):
+    for files, expected in (("b", (32, 8)), ("a,b", (32, 2)), ("b,a", (64, 2))):
         cfg = config.load_config(["--config", ",".join(str(tmp_path / f"{name}.yaml") for name in files.split(","))])
-        assert (cfg.width, cfg.layers, cfg.heads) == expected, files
-    for files, hint in (("c", "none.yaml"), ("a,none", "none.yaml"), ("a,", "cannot read config")):
-        with pytest.raises(UserError, match=hint):
-            config.load_config(["--config", ",".join(name and str(tmp_path / f"{name}.yaml") for name in files.split(","))])
-    (tmp_path / "d.yaml").write_text("base: b.yaml\n")  # not base upon base, which could be a circle
-    with pytest.raises(UserError, match="b.yaml: unknown config key 'base'"):
-        config.load_config(["--config", str(tmp_path / "d.yaml")])
+        assert (cfg.width, cfg.layers) == expected, files
+    with pytest.raises(UserError, match="cannot read config"):
+        config.load_config(["--config", f"{tmp_path / 'a.yaml'},"])
 
 
 def test_a_boolean_flag_needs_no_value():
@@ -266,16 +262,15 @@ def test_command_lines_that_are_refused(argv):
 def test_the_configs_of_the_repo_are_valid(path):
     cfg = config.load_config(["--config", str(path)])
     assert cfg.run_name == path.stem
-    assert (ROOT / cfg.prepare_script).is_file()
+    assert path.stem.startswith("bigvgan") or (ROOT / cfg.prepare_script).is_file()  # those go behind another config
     assert cfg.eval_prompts in ("val", "test", "overfit") or (ROOT / cfg.eval_prompts).is_file()
 
 
 @pytest.mark.parametrize("name", ["bigvgan24k", "bigvgan44k"])
 def test_a_fragment_changes_the_representation_and_nothing_else(name):
-    """Alone it is the main job's config, behind another config it is that one."""
     names = {*AUDIO_FIELDS, "eval_vocoder_model", "block_size", "run_name", "out_dir", "data_dir"}
     fragment = ROOT / "configs" / f"{name}.yaml"
-    assert set(yaml.safe_load(fragment.read_text())) - {"base"} <= names
+    assert set(yaml.safe_load(fragment.read_text())) <= names
     alone = config.load_config(["--config", str(fragment)])
     assert alone.eval_vocoder_model in fragment.read_text().split("\n")[0]  # the comment names the same one
     for base in ("ljspeech", "demo", "grammar"):
@@ -283,7 +278,6 @@ def test_a_fragment_changes_the_representation_and_nothing_else(name):
         both = config.load_config(["--config", f"{path},{fragment}"])
         assert {field for field in FIELDS if getattr(both, field) != getattr(below, field)} <= names
         assert {field: getattr(both, field) for field in AUDIO_FIELDS} == {field: getattr(alone, field) for field in AUDIO_FIELDS}
-        assert base != "ljspeech" or both == alone
 
 
 # --- the flags of preparation
