@@ -136,6 +136,7 @@ class Config:
     eval_vocoder: Literal["auto", "bigvgan", "learned", "griffinlim"] = "auto"
     eval_vocoder_model: str = "nvidia/bigvgan_v2_22khz_80band_fmax8k_256x"  # hub id or local folder
     eval_whisper_model: str = "base.en"  # a name, or the path of a local .pt
+    eval_language: str = "en"  # of the speech, for Whisper; another one needs a model of many languages, such as base
     eval_whisper_device: str = "auto"  # auto: the rank's device
 
     def __post_init__(self):

@@ -17,12 +17,15 @@ WHISPER_RATE = 16000  # Hz, of Whisper's input
 
 
 class WhisperJudge:
-    """openai-whisper, by a model's name or the path of its .pt file. Raises UserError if the package or model is missing."""
+    """openai-whisper, by a model's name or the path of its .pt file. Raises UserError if the package or model is missing, or
+    if it does not know the language.
+    """
 
-    def __init__(self, name: str, device):
+    def __init__(self, name: str, device, language: str = "en"):
         try:
             import whisper
-            from whisper.normalizers import EnglishTextNormalizer
+            from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
+            from whisper.tokenizer import LANGUAGES
         except ImportError as e:
             raise UserError(f"eval_judge: whisper needs a package that is not installed ({e.name}): pip install "
                             "openai-whisper, or set eval_judge: ctc") from None
@@ -35,18 +38,24 @@ class WhisperJudge:
         self.name, self.floor = f"whisper {os.path.basename(name)}", None
         if os.path.exists(name):  # a published name stands for its weights, whose SHA-256 Whisper checks
             self.name += f" {fingerprint(self.model)}"
-        self.normalise = EnglishTextNormalizer()
+        if language != "en" and not (self.model.is_multilingual and language in LANGUAGES):
+            raise UserError(f"eval_language = {language!r}: the Whisper model '{name}' does not know it; expected a code "
+                            "such as it, and a model of many languages such as base (those that end in .en know English)")
+        self.language = {"language": language} if self.model.is_multilingual else {}
+        self.name += "" if language == "en" else f" {language}"
+        # Whisper's normaliser for other languages puts a space where a text ends in a sign
+        basic = BasicTextNormalizer()
+        self.normalise = EnglishTextNormalizer() if language == "en" else lambda text: " ".join(basic(text).split())
 
     def transcribe(self, wavs: list[np.ndarray], cfg: Config) -> list[str]:
         """Wavs, each (samples,) at cfg.sample_rate, to texts as Whisper writes them."""
-        language = {"language": "en"} if self.model.is_multilingual else {}
         texts = []
         for wav in progress(wavs, desc="listening", unit="prompt"):
             wav = audio.resample(wav, cfg.sample_rate, WHISPER_RATE).astype(np.float32)
             # With timestamps, although most recordings have fewer errors without: if Whisper ends too early, only a
             # timestamp makes it go on from there (docs/costs.md). One by one: on a CPU a batch is no faster
             result = self.model.transcribe(wav, fp16=self.model.device.type == "cuda", temperature=0.0,
-                                           condition_on_previous_text=False, **language)
+                                           condition_on_previous_text=False, **self.language)
             texts.append(result["text"].strip())
         return texts
 
@@ -75,7 +84,8 @@ def load_judge(cfg: Config, device):
         raise ValueError("choose_judge comes first")
     if cfg.eval_judge == "whisper":
         name = cfg.eval_whisper_device
-        return WhisperJudge(cfg.eval_whisper_model, device if name == "auto" else pick_device(name))
+        device = device if name == "auto" else pick_device(name)
+        return WhisperJudge(cfg.eval_whisper_model, device, cfg.eval_language)
     return load_ctc_judge(cfg.data_dir, cfg, device) if cfg.eval_judge == "ctc" else None
 
 

@@ -45,9 +45,27 @@ def test_whisper_keeps_its_timestamps():
     def transcribe(wav, **options):
         asked.update(options)
         return {"text": " a text "}
-    judge.model.transcribe = transcribe
+    judge.model.transcribe, judge.language = transcribe, {}
     assert judge.transcribe([np.zeros(22050, np.float32)], CFG) == ["a text"]
     assert not asked.get("without_timestamps") and asked["temperature"] == 0 and not asked["condition_on_previous_text"]
+
+
+def test_whisper_is_asked_for_the_language(tmp_path):
+    sizes = dict(n_mels=80, n_audio_ctx=1500, n_audio_state=8, n_audio_head=1, n_audio_layer=1, n_text_ctx=448,
+                 n_text_state=8, n_text_head=1, n_text_layer=1)
+    for name, n_vocab in (("many.pt", 51865), ("english.pt", 51864)):
+        model = whisper.model.Whisper(whisper.model.ModelDimensions(n_vocab=n_vocab, **sizes))
+        torch.save({"dims": vars(model.dims), "model_state_dict": model.state_dict()}, tmp_path / name)
+    italian = WhisperJudge(str(tmp_path / "many.pt"), "cpu", "it")
+    asked = {}
+    italian.model.transcribe = lambda wav, **options: asked.update(options) or {"text": ""}
+    italian.transcribe([np.zeros(22050, np.float32)], CFG)
+    assert asked["language"] == "it" and italian.name.endswith(" it")
+    assert italian.normalise(" Premi 1, però. ") == "premi 1 però"
+    assert WhisperJudge(str(tmp_path / "english.pt"), "cpu").normalise("It's fifty two.") == "it is 52"
+    for name, language in (("english.pt", "it"), ("many.pt", "xx")):
+        with pytest.raises(UserError, match=f"eval_language = '{language}': the Whisper model '.*{name}' does not know it"):
+            WhisperJudge(str(tmp_path / name), "cpu", language)
 
 
 def test_judges_with_other_weights_have_other_names():
