@@ -1,7 +1,9 @@
-"""What every module shares: errors of one line, messages, progress bars, atomic writes, devices."""
+"""What every module shares: errors of one line, messages, progress bars, atomic writes, processes, devices."""
 import contextlib
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -89,6 +91,49 @@ def make_folder(path) -> Path:
     except OSError as e:
         raise UserError(f"cannot write to {path}: {e.strerror}; name another folder") from None
     return Path(path)
+
+
+def check_workers(workers: int | None) -> None:
+    """Raises UserError unless it is a number of processes, or None."""
+    if workers is not None and workers < 1:
+        raise UserError(f"workers = {workers}: must be at least 1")
+
+
+_worker = {}  # of a worker process: the function that it applies
+
+
+def _start_worker(function):
+    import torch  # here, because config.py needs this module and should start without torch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    torch.set_num_threads(1)
+    _worker["function"] = function
+
+
+def _work(item):
+    return _worker["function"](item)
+
+
+def map_processes(function, items: list, workers: int | None):
+    """Yield function(item) of each item, in order, by `workers` processes (None: one per core; 1: this process).
+
+    The function is sent to each process once. Raises UserError if a process is killed.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    processes = min(workers or os.cpu_count(), max(1, len(items)))
+    # spawn, because forking a process that has used OpenMP can hang the children
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker, (function,)) as pool:
+        results, children = pool.imap(_work, items), set(multiprocessing.active_children())
+        for _ in items:
+            while True:
+                try:
+                    yield results.next(timeout=2)
+                    break
+                except multiprocessing.TimeoutError:  # the pool replaces a dead worker, but waits forever for its task
+                    if set(multiprocessing.active_children()) != children:
+                        raise UserError("a worker process was killed, perhaps because memory ran out; run the same command "
+                                        "again to go on, with fewer --workers") from None
 
 
 def pick_device(name: str = "auto"):

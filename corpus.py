@@ -15,9 +15,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import signal
 import string
 from collections import Counter
 from pathlib import Path
@@ -25,10 +23,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 import audio
-from common import UserError, first_line, make_folder, progress, remove, replacing
+from common import UserError, check_workers, first_line, make_folder, map_processes, progress, remove, replacing
 from config import AUDIO_FIELDS, Config
 from normalise import as_spoken
 
@@ -64,56 +61,28 @@ def hash_splits(ids: list[str], val: int = 100, test: int = 500) -> dict[str, st
     return {i: "val" if n < val else "test" if n < val + test else "train" for n, i in enumerate(order)}
 
 
-# --- extraction, in worker processes
+# --- extraction
 
-_worker = {}  # of this process: the read function, the config, and the paths of the wavs to keep, by utterance
+def _extract(utt: Utterance, read, cfg: Config, kept: dict[str, Path]) -> np.ndarray | str:
+    """The log-mel (frames, n_mels) float16 of an utterance, or the reason why it is rejected.
 
-
-def _start_worker(read, cfg, kept):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    torch.set_num_threads(1)
-    _worker.update(read=read, cfg=cfg, kept=kept)
-
-
-def _extract(utt: Utterance) -> np.ndarray | str:
-    """The log-mel (frames, n_mels) float16 of an utterance, or the reason why it is rejected."""
-    cfg = _worker["cfg"]
+    Its wav is written to kept[utt_id] if that is there.
+    """
     try:
         if not utt.text.strip():
             return "empty text"
-        wav = _worker["read"](utt.source, cfg.sample_rate)
+        wav = read(utt.source, cfg.sample_rate)
         if len(wav) < cfg.hop_length:
             return f"zero length: {len(wav)} samples are less than one frame"
         mel = audio.log_mel(wav, cfg).numpy().astype(np.float16)
         low, high = audio.log_mel_range(cfg)
         if not ((mel >= low) & (mel <= high)).all():
             return f"too loud: samples up to {np.abs(wav).max():.3g}, expected them within [-1, 1]"
-        if utt.utt_id in _worker["kept"]:
-            audio.write_wav(_worker["kept"][utt.utt_id], wav, cfg.sample_rate)
+        if utt.utt_id in kept:
+            audio.write_wav(kept[utt.utt_id], wav, cfg.sample_rate)
         return mel
     except audio.AudioError as e:
         return str(e)
-
-
-def extract_all(utterances: list[Utterance], read, cfg: Config, workers: int | None, kept: dict[str, Path]):
-    """Yield `_extract` of each utterance, in order, by `workers` processes (None: one per core; 1: this process)."""
-    if workers == 1:
-        _worker.update(read=read, cfg=cfg, kept=kept)
-        yield from map(_extract, utterances)
-        return
-    processes = min(workers or os.cpu_count(), max(1, len(utterances)))
-    # spawn, because forking a process that has used OpenMP can hang the children
-    with multiprocessing.get_context("spawn").Pool(processes, _start_worker, (read, cfg, kept)) as pool:
-        results, children = pool.imap(_extract, utterances), set(multiprocessing.active_children())
-        for _ in utterances:
-            while True:
-                try:
-                    yield results.next(timeout=2)
-                    break
-                except multiprocessing.TimeoutError:  # the pool replaces a dead worker, but waits forever for its task
-                    if set(multiprocessing.active_children()) != children:
-                        raise UserError("a worker process was killed, perhaps because memory ran out; run the same command "
-                                        "again to go on, with fewer --workers") from None
 
 
 # --- writing
@@ -190,8 +159,7 @@ def write_corpus(out_dir: str, utterances: list[Utterance], read, cfg: Config, w
     (repeated, count), = Counter(u.utt_id for u in utterances).most_common(1) or [("", 0)]
     if count > 1:
         raise UserError(f"utterance id {repeated!r} occurs {count} times; ids must be unique")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers = {workers}: must be at least 1")
+    check_workers(workers)
     train = [u.utt_id for u in utterances if u.split == "train"]
     ids = [*train[:recordings], *(u.utt_id for u in utterances if u.split != "train")] if recordings else []
     kept = {utt_id: partial / RECORDINGS / f"{utt_id}.wav" for utt_id in ids}
@@ -208,7 +176,8 @@ def write_corpus(out_dir: str, utterances: list[Utterance], read, cfg: Config, w
         if len(todo) < len(shards):
             print(f"resuming: {len(shards) - len(todo)} of {len(shards)} shards are done")
         pending = [u for n in todo for u in chunks[n]]
-        with contextlib.closing(extract_all(pending, read, cfg, workers, kept)) as results, \
+        extract = functools.partial(_extract, read=read, cfg=cfg, kept=kept)
+        with contextlib.closing(map_processes(extract, pending, workers)) as results, \
                 progress(total=len(pending), unit="utt", desc=f"preparing {out}", delay=0, leave=True) as bar:
             for n in todo:
                 mels, rows = [], []
