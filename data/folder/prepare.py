@@ -12,18 +12,25 @@ asks in one line for what it cannot tell. The answers are flags:
     --encoding latin-1            of the texts, if it is not UTF-8
 
 Speech at 24 or 44.1 kHz: --config configs/bigvgan24k.yaml or bigvgan44k.yaml, here and for the training.
+
+Look before you train: --report DIR, also without --out, writes a page with what the recordings hold, what stands out, such
+as texts that may be wrong, and what training would leave out.
+
+    --trim                        remove the silence at the ends beyond 0.2 s
 """
 import argparse
 import functools
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from audio import read_wav
-from common import UserError, run_cli
+from common import UserError, check_workers, run_cli
 from config import parse_with_audio
 from corpus import KEPT, Utterance, hash_splits, refuse_existing, write_corpus
 from recordings import describe, find_sounds, index_sounds, is_sound, list_files, pair_transcripts, without_suffix
+from report import write_report
+from silence import read_part, without_silence
 from transcripts import find_table, read_table, read_transcript
 
 
@@ -106,7 +113,10 @@ def read_folder(folder: Path, metadata: Path | None = None, encoding: str | None
 
 def add_flags(p: argparse.ArgumentParser) -> None:
     """The flags that data/ljspeech/prepare.py has too."""
-    p.add_argument("--out", required=True, help="folder of the processed corpus")
+    p.add_argument("--out", help="folder of the processed corpus")
+    p.add_argument("--report", type=Path, metavar="DIR",
+                   help="write a page and a table about the recordings; then --out is optional")
+    p.add_argument("--trim", action="store_true", help="remove the silence at the ends of recordings beyond 0.2 s")
     p.add_argument("--metadata", type=Path, metavar="FILE", help="the table of texts; default: it is found in the folder")
     p.add_argument("--columns", help="what each column of the table is, for example audio,speaker,text (- : not read)")
     p.add_argument("--speaker", metavar="NAME", help="take only the lines of this speaker")
@@ -116,10 +126,24 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="replace an existing corpus")
 
 
+def refuse_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is downloaded or read."""
+    if not args.out and not args.report:
+        raise UserError("nothing to do: write --out DIR for a corpus, or --report DIR to look at the recordings first")
+    if args.out:
+        refuse_existing(args.out, args.force)
+    check_workers(args.workers)
+
+
 def prepare(source: Path, args: argparse.Namespace) -> None:
-    """Write the corpus of a folder, as the flags say. Raises UserError."""
+    """Write the report and the corpus of a folder, as the flags say. Raises UserError."""
     utterances = read_folder(source, args.metadata, args.encoding, args.columns, args.speaker)
-    write_corpus(args.out, utterances, read_wav, args.cfg, args.workers, args.strict, args.force, recordings=KEPT)
+    if args.trim:
+        utterances = [replace(u, source=without_silence(u.source)) for u in utterances]
+    if args.report:
+        print(f"report: {write_report(args.report, source.resolve().name, utterances, args.cfg, args.workers)}")
+    if args.out:
+        write_corpus(args.out, utterances, read_part, args.cfg, args.workers, args.strict, args.force, recordings=KEPT)
 
 
 def main(argv: list[str]) -> None:
@@ -127,7 +151,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--source", type=Path, required=True, help="the folder of recordings")
     add_flags(p)
     args = parse_with_audio(p, argv)
-    refuse_existing(args.out, args.force)
+    refuse_flags(args)
     prepare(args.source, args)
 
 

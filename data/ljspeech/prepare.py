@@ -14,8 +14,7 @@ from pathlib import Path
 
 from common import UserError, first_line, make_folder, progress, replacing, run_cli
 from config import parse_with_audio
-from corpus import refuse_existing
-from folder.prepare import add_flags, prepare  # data/folder/prepare.py
+from folder.prepare import add_flags, prepare, refuse_flags  # data/folder/prepare.py
 
 NAME = "LJSpeech-1.1"  # of the archive's only folder, and of the folder that we unpack to
 URL = f"https://data.keithito.com/data/speech/{NAME}.tar.bz2"
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--cache", type=Path, default=Path(__file__).parent, help="folder for the archive and its contents")
     add_flags(p)
     args = parse_with_audio(p, argv)
-    refuse_existing(args.out, args.force)  # before a long download
+    refuse_flags(args)  # before a long download
     source = args.source or args.cache / NAME
     if not args.source and not source.is_dir():
         archive = make_folder(args.cache) / f"{NAME}.tar.bz2"
