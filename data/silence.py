@@ -62,6 +62,12 @@ def part(path: str, start: float, end: float) -> str:
     return f"{path}#t={start:.3f},{end:.3f}"
 
 
+def part_times(source: str) -> tuple[float, float]:
+    """Start and end, in seconds, of a source that `part` has made."""
+    start, _, end = source.rpartition("#t=")[2].partition(",")
+    return float(start), float(end)
+
+
 def without_silence(path: str) -> str:
     """The source of a recording that is trimmed when it is read."""
     return f"{path}#trim"
@@ -78,5 +84,5 @@ def read_part(source: str, sample_rate: int) -> np.ndarray:
     wav = audio.read_wav(path, sample_rate)
     if not fragment:
         return wav
-    start, end = trimmed(wav, sample_rate) if fragment == "#trim" else map(float, fragment[3:].split(","))
+    start, end = trimmed(wav, sample_rate) if fragment == "#trim" else part_times(source)
     return wav[round(start * sample_rate):round(end * sample_rate)]

@@ -17,6 +17,8 @@ Look before you train: --report DIR, also without --out, writes a page with what
 as texts that may be wrong, and what training would leave out.
 
     --trim                        remove the silence at the ends beyond 0.2 s
+    --split_long                  cut recordings longer than block_size at pauses, where the voice in the box can tell
+                                  which words lie on each side
 """
 import argparse
 import functools
@@ -30,8 +32,10 @@ from config import parse_with_audio
 from corpus import KEPT, Utterance, hash_splits, refuse_existing, write_corpus
 from recordings import describe, find_sounds, index_sounds, is_sound, list_files, pair_transcripts, without_suffix
 from report import write_report
-from silence import read_part, without_silence
+from silence import read_part, split_source, without_silence
 from transcripts import find_table, read_table, read_transcript
+
+VOICE = str(Path(__file__).parents[2] / "voices" / "joe")  # aligns texts with recordings for --split_long
 
 
 def locate(lines: list[tuple[str, str]], find) -> list[str]:
@@ -117,6 +121,8 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--report", type=Path, metavar="DIR",
                    help="write a page and a table about the recordings; then --out is optional")
     p.add_argument("--trim", action="store_true", help="remove the silence at the ends of recordings beyond 0.2 s")
+    p.add_argument("--split_long", nargs="?", const=VOICE, metavar="VOICE",
+                   help="cut recordings longer than block_size at pauses; a voice aligns them with their texts (voices/joe)")
     p.add_argument("--metadata", type=Path, metavar="FILE", help="the table of texts; default: it is found in the folder")
     p.add_argument("--columns", help="what each column of the table is, for example audio,speaker,text (- : not read)")
     p.add_argument("--speaker", metavar="NAME", help="take only the lines of this speaker")
@@ -138,8 +144,11 @@ def refuse_flags(args: argparse.Namespace) -> None:
 def prepare(source: Path, args: argparse.Namespace) -> None:
     """Write the report and the corpus of a folder, as the flags say. Raises UserError."""
     utterances = read_folder(source, args.metadata, args.encoding, args.columns, args.speaker)
+    if args.split_long:
+        from splitting import split_long  # here, because it loads for seconds
+        utterances = split_long(utterances, args.cfg, args.split_long, args.trim, args.workers)
     if args.trim:
-        utterances = [replace(u, source=without_silence(u.source)) for u in utterances]
+        utterances = [u if split_source(u.source)[1] else replace(u, source=without_silence(u.source)) for u in utterances]
     if args.report:
         print(f"report: {write_report(args.report, source.resolve().name, utterances, args.cfg, args.workers)}")
     if args.out:
