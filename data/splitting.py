@@ -25,7 +25,7 @@ from text_encoder import byte_tokens
 
 PAUSE, WORD_PAUSE = 0.12, 0.25  # seconds: the shortest pause to cut in, after punctuation and between two words
 MARGIN, WORD_MARGIN = 30.0, 100.0  # by how much the alignment's score must fall if another gap of the text is put there
-COVER = 0.5  # share of the pause that the alignment gives to the gap between the two words
+COVER, WORD_COVER = 0.3, 0.5  # share of the pause that the alignment gives to the gap between the two words
 MOST_CELLS = 30_000_000  # positions times tokens: 240 MB for each of a few arrays
 DIAGONAL = 1.0  # weight of the prior towards a straight alignment, as in training
 # An alignment is trusted by its error, the squared distance between log-mels, over that of a control: the same words in
@@ -124,7 +124,7 @@ def find_cuts(through: np.ndarray, path: np.ndarray, pauses: list[tuple[float, f
         marked = not text[left - 1].isalnum()
         cover = np.isin(path[low:high], (token - 1, token) if marked else token).mean()
         if (best - second >= (MARGIN if marked else WORD_MARGIN) and end - start >= (PAUSE if marked else WORD_PAUSE)
-                and cover >= COVER and (not cuts or token > cuts[-1].token)):
+                and cover >= (COVER if marked else WORD_COVER) and (not cuts or token > cuts[-1].token)):
             cuts.append(Cut(start, end, left, right, token))
     return cuts
 
