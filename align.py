@@ -49,12 +49,12 @@ def allot_positions(share: torch.Tensor, lengths: torch.Tensor, token_lengths: t
     spread = (excess.cummax(dim=1).values + excess.flip(1).cummin(dim=1).values.flip(1)) // 2
     spread = n + spread.clamp(min=1).minimum(lengths[:, None] - last)
     end = torch.where(last < lengths[:, None], spread, end)
-    positions = torch.arange(int(lengths.max()), device=share.device).repeat(len(share), 1)
+    positions = torch.arange(lengths.max().item(), device=share.device).repeat(share.shape[0], 1)
     return torch.searchsorted(end, positions, right=True).minimum(last)
 
 
 def shares(alignment: torch.Tensor, lengths: torch.Tensor, tokens: int) -> torch.Tensor:
     """The share (B, L) of the `lengths` (B,) positions that an alignment (B, T) gives to each of L = `tokens` tokens."""
     inside = torch.arange(alignment.shape[1], device=alignment.device) < lengths[:, None]
-    counts = torch.zeros(len(alignment), tokens, device=alignment.device).scatter_add_(1, alignment, inside.float())
+    counts = torch.zeros(alignment.shape[0], tokens, device=alignment.device).scatter_add_(1, alignment, inside.float())
     return counts / lengths[:, None]

@@ -7,6 +7,7 @@
     echo "Hello." | python sample.py --ckpt RUN/latest.pt --out - | aplay  # to a pipe, one sentence after another
     python sample.py --ckpt RUN/latest.pt --serve                          # a web page to type into (serve.py)
     python sample.py --ckpt RUN/latest.pt --export VOICE     # a folder to share, with weights that cannot contain code
+    python sample.py --export VOICE --onnx                   # the voice in the box for onnxruntime (onnx_export.py)
 """
 import argparse
 import functools
@@ -211,6 +212,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     task.add_argument("--text", help="the text to speak; default: standard input")
     task.add_argument("--file", help="a text file; each line becomes its own wav")
     task.add_argument("--export", metavar="DIR", help="write a folder to share, and speak nothing")
+    p.add_argument("--onnx", action="store_true", help="export for onnxruntime, which needs no torch: graphs and a script")
     task.add_argument("--serve", action="store_true", help="start serve.py, with its flags")
     p.add_argument("--out", help="the wav to write, or - for standard output; with --file the folder")
     p.add_argument("--seconds", type=float, help="duration of the whole text; default: predicted, sentence by sentence")
@@ -222,6 +224,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.out is None and args.export is None:
         raise UserError("expected --out, to speak; or --export DIR, to write a folder to share; or --serve")
+    if args.onnx and args.export is None:
+        raise UserError("--onnx without --export: expected --export DIR --onnx")
     if args.num_samples < 1 or (args.out == "-" and (args.num_samples > 1 or args.file is not None or args.plot == "")):
         raise UserError("expected at least one sample; --out - allows one, no --file, and --plot only with a file name")
     if all(source is None for source in (args.text, args.file, args.export)) and sys.stdin.isatty():
@@ -276,8 +280,12 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.export is not None:
         model, ckpt = load_checkpoint(args.ckpt, "cpu")
-        export(model, ckpt["step"], args.export, ckpt.get("characters", ""))
-        print(f"{args.export}: {', '.join(sorted(os.listdir(args.export)))}; speak with --ckpt {args.export}")
+        write = export
+        if args.onnx:
+            from onnx_export import export_onnx as write  # here, because it needs packages that are optional
+        write(model, ckpt["step"], args.export, ckpt.get("characters", ""))
+        how = f"python {Path(args.export, 'speak_onnx.py')}" if args.onnx else f"--ckpt {args.export}"
+        print(f"{args.export}: {', '.join(sorted(os.listdir(args.export)))}; speak with {how}")
         return
     model, vocode, ckpt = load_voice(args)
     cfg, out, start = model.cfg, Path(args.out), time.time()

@@ -1,0 +1,224 @@
+"""
+python -m pytest tests/test_onnx.py
+
+A voice as ONNX: its graphs compute what torch computes, and its script speaks without torch.
+"""
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import soundfile
+import torch
+from test_audio import TEXT
+from test_house import ROOT
+from test_model import BASELINE, small_model
+
+import audio
+import onnx_export
+import sample
+import speak_onnx
+import vocoder
+from common import UserError
+from config import Config
+from espeak import espeak_wav
+from eval import bench_onnx
+
+pytestmark = pytest.mark.slow  # the exporter takes seconds
+NAMES = ["text", "decoder", "magnitudes", "griffin_lim"]
+LINES = (ROOT / "eval" / "prompts.txt").read_text(encoding="utf-8").splitlines()[:50]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small model that predicts the mel, in whose folder lies a learned vocoder with random weights."""
+    model = small_model(patch=2, layers=1, block_size=256, out_dir=str(tmp_path_factory.mktemp("run"))).eval()
+    assert model.cfg.predicts == "mel" and model.cfg.alignment_search
+    net = vocoder.Magnitudes(model.cfg, 8, 1)
+    torch.nn.init.normal_(net.out.weight, std=0.1)
+    vocoder.save_learned(net, f"{model.cfg.out_dir}/{vocoder.LEARNED}")
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model):
+    path = f"{model.cfg.out_dir}/latest.pt"
+    torch.save({"model": model.saved_state(), "ema": {}, "step": 3, "config": dataclasses.asdict(model.cfg),
+                "characters": "abcdefghijklmnopqrstuvwxyzHW ?."}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint):
+    """The folder that the command line writes."""
+    folder = checkpoint.replace("latest.pt", "onnx")
+    sample.main(["--ckpt", checkpoint, "--export", folder, "--onnx"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def voice(folder):
+    return speak_onnx.load_voice(folder)
+
+
+@pytest.fixture
+def script_noise(monkeypatch):
+    """torch's sampler starts from the script's noise."""
+    monkeypatch.setattr(sample, "text_noise", bench_onnx.script_noise)
+
+
+def run(session, inputs):
+    return session.run(None, {name: value.numpy() for name, value in inputs.items()})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_graphs_are_valid_and_name_their_inputs_and_no_path_of_this_machine(folder, voice, name):
+    path = f"{folder}/{name}.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    readme = open(f"{folder}/README.md", encoding="utf-8").read()
+    for value in voice[name].get_inputs() + voice[name].get_outputs():
+        assert f"`{value.name}`" in readme and value.shape[0] == "batch"
+    assert not any(part in open(path, "rb").read() for part in (str(ROOT).encode(), b"site-packages", b".py"))
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_fifty_texts_have_the_log_mels_of_torch(model, voice, script_noise, cfg_scale):
+    options = dict(steps=2, cfg_scale=cfg_scale, temperature=0.4, seed=3, speed=4.0)  # so fast that none is cut
+    of_torch = sample.sample(model, LINES, **options)
+    assert len({len(mel) for mel in of_torch}) > 20  # many lengths, odd and even
+    for text, mel in zip(LINES, of_torch):
+        of_onnx, = speak_onnx.sample(voice, text, **options)
+        assert of_onnx.shape == (1, *mel.shape) and of_onnx.dtype == np.float32
+        assert np.abs(of_onnx[0] - mel.numpy()).max() < 1e-3
+
+
+def decoder_inputs(model, token_lengths, mel_lengths):
+    B, L, T, D = len(token_lengths), max(token_lengths), max(mel_lengths), model.cfg.width
+    torch.manual_seed(B)
+    token_lengths, mel_lengths = torch.tensor(token_lengths), torch.tensor(mel_lengths)
+    share = torch.rand(B, L).masked_fill(torch.arange(L) >= token_lengths[:, None], 0)
+    return {"x": torch.randn(B, T, model.cfg.n_mels), "t": torch.linspace(0.2, 1, B), "text": torch.randn(B, L, D),
+            "share": share / share.sum(1, keepdim=True), "mel_lengths": mel_lengths, "token_lengths": token_lengths,
+            "no_text": torch.arange(B) % 2 == 1}
+
+
+SIZES = [([1], [1]), ([9], [33]), ([40, 3], [20, 64]), ([2, 17, 30, 5, 1], [100, 99, 3, 41, 2])]
+
+
+def assert_decoder_equals_torch(model, session):
+    for sizes in SIZES:
+        inputs = decoder_inputs(model, *sizes)
+        with torch.no_grad():
+            velocity = onnx_export.velocity(model, **inputs)
+        np.testing.assert_allclose(run(session, inputs)[0], velocity, atol=1e-4)
+
+
+def test_the_decoder_takes_any_batch_and_lengths(model, voice):
+    assert_decoder_equals_torch(model, voice["decoder"])
+
+
+def test_a_decoder_without_alignment_that_predicts_velocity(tmp_path):
+    model = small_model(**(BASELINE | {"layers": 1})).eval()
+    assert model.cfg.predicts == "velocity" and not model.cfg.alignment_search
+    onnx_export.write_graph(tmp_path / "decoder.onnx", *onnx_export.graphs(model)["decoder"])
+    assert_decoder_equals_torch(model, speak_onnx.onnxruntime.InferenceSession(tmp_path / "decoder.onnx"))
+
+
+def test_a_batch_has_the_features_of_its_texts_and_their_durations(model, voice):
+    tokens, lengths = torch.randint(3, 259, (3, 40)), torch.tensor([40, 1, 23])
+    with torch.no_grad():
+        expected = onnx_export.read_text(model, tokens, lengths)
+    for value, of_torch in zip(run(voice["text"], {"tokens": tokens, "token_lengths": lengths}), expected):
+        np.testing.assert_allclose(value, of_torch, atol=1e-4)
+
+
+def test_the_magnitudes_are_those_of_the_learned_vocoder(model, voice):
+    net, log_mel = vocoder.load_learned(vocoder.find_learned(model.cfg), "cpu", model.cfg), torch.randn(2, 9, 80) - 5
+    magnitude, phase = run(voice["magnitudes"], {"log_mel": log_mel})
+    np.testing.assert_allclose(magnitude, net(log_mel).exp(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(phase, axis=1), 1, rtol=1e-5)
+
+
+def test_griffin_lim_is_as_good_as_torch_s(model, voice):
+    cfg = model.cfg
+    mel = audio.log_mel(espeak_wav(TEXT, cfg.sample_rate), cfg)
+
+    class Inverse:  # in place of the graph with a learned vocoder, whose weights are random here
+        def run(self, _, inputs):
+            phase = voice["magnitudes"].run(None, inputs)[1]
+            return vocoder.pseudo_inverse(torch.from_numpy(inputs["log_mel"]), cfg).clamp(min=0).numpy(), phase
+    of_inverse = voice | {"magnitudes": Inverse()}
+    wavs = speak_onnx.vocode(of_inverse, mel[None].numpy()), vocoder.griffin_lim(mel, cfg)
+    assert wavs[0].shape == wavs[1].shape and wavs[0].dtype == np.float32
+    errors = [(audio.log_mel(wav, cfg) - mel).abs().mean().item() for wav in wavs]
+    assert errors[0] < 1.05 * errors[1]
+    for frames in (1, 2):
+        assert speak_onnx.vocode(of_inverse, mel[None, :frames].numpy()).shape == (frames * cfg.hop_length,)
+
+
+def test_griffin_lim_keeps_a_sound_whose_spectra_it_gets_at_odd_sizes_too():
+    for n_fft, hop, win in ((1024, 256, 1024), (1024, 300, 900), (512, 128, 401)):
+        cfg = Config(n_fft=n_fft, hop_length=hop, win_length=win)
+        graph, T = onnx_export.GriffinLim(cfg), 7
+        phase = torch.randn(1, 2, T, n_fft // 2 + 1)
+        wav, _, spectra = graph(torch.ones_like(phase[:, 0]), phase, torch.zeros_like(phase))
+        again, *_ = graph(torch.ones_like(phase[:, 0]), spectra, torch.zeros_like(spectra))
+        assert wav.shape == (1, T * hop)
+        torch.testing.assert_close(again, wav, rtol=1e-3, atol=1e-4)
+
+
+def test_the_script_speaks_without_torch_and_warns_of_digits(folder, tmp_path):
+    command = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    wavs = []
+    for text, seed in (("Hello there. Who are you?", "0"), ("Hello  there. Who are you?", "0"), ("Hello 7.", "1")):
+        flags = ["--text", text, "--out", "x.wav", "--seed", seed, "--steps", "2"]
+        result = subprocess.run([sys.executable, "-c", command, f"{folder}/speak_onnx.py", *flags], cwd=tmp_path, check=True,
+                                capture_output=True, text=True)
+        assert ("may say anything there: 7\n" in result.stderr) == ("7" in text)
+        wav, rate = soundfile.read(tmp_path / "x.wav")
+        assert rate == 22050 and len(wav) > 0.3 * rate and np.abs(wav).max() > 0
+        wavs.append(wav)
+    assert np.array_equal(wavs[0], wavs[1])
+
+
+def test_a_long_text_is_cut_at_spaces_into_parts_that_fit(voice):
+    options = dict(steps=1, cfg_scale=1.0, temperature=0.4, seed=0, speed=1.0)
+    mels = speak_onnx.sample(voice, " ".join(LINES[:6]), **options)
+    assert len(mels) > 1 and all(mel.shape[1] <= voice["most_frames"] for mel in mels)
+    assert [mel.shape[1] > voice["most_frames"] for mel in speak_onnx.sample(voice, 400 * "a", **options)] == [True]
+
+
+def test_the_bench_compares_torch_onnx_and_int8(checkpoint, folder, tmp_path, capsys):
+    (tmp_path / "lines.txt").write_text("Who are you?\nHello.\n")
+    bench_onnx.main(["--ckpt", checkpoint, "--onnx", folder, "--eval_judge", "none", "--eval_prompts", str(tmp_path / "lines.txt"),
+                     "--eval_steps", "1", "--out_dir", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" |")[0] for line in lines[-3:]] == ["| torch", "| onnx", "| int8"]
+    assert all(len(list((tmp_path / name).glob("*.wav"))) == 2 for name in ("torch", "onnx", "int8"))
+
+
+def test_what_cannot_be_exported_is_refused(model, folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="exists already"):
+        onnx_export.export_onnx(model, 0, folder)
+    with pytest.raises(UserError, match="expected --export DIR --onnx"):
+        sample.main(["--text", "Hello.", "--out", "x.wav", "--onnx"])
+    other = small_model()
+    other.tokenise = lambda text: [1]
+    with pytest.raises(UserError, match="expected one that reads bytes"):
+        onnx_export.export_onnx(other, 0, str(tmp_path / "x"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r'not installed \(onnxscript\): pip install "onnxscript'):
+        onnx_export.export_onnx(model, 0, str(tmp_path / "x"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(path, *_):
+        path.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(onnx_export, "write_graph", full)
+    with pytest.raises(UserError, match="No space left"):
+        onnx_export.export_onnx(model, 0, str(tmp_path / "x"))
+    assert not list(tmp_path.iterdir())
