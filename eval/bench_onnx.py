@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -44,9 +45,11 @@ def load_speakers(model, folder: str, threads: int, options: dict) -> dict:
         quantize_dynamic(full, int8, weight_type=QuantType.QInt8)
         print(f"the decoder has {full.stat().st_size / 1e6:.1f} MB, in int8 {int8.stat().st_size / 1e6:.1f} MB")
         decoder = onnxruntime.InferenceSession(int8, session_options, providers=["CPUExecutionProvider"])
-    sample.text_noise = script_noise
-    speakers = {"torch": (lambda text: [mel[None].numpy() for mel in sample.sample(model, [text], **options)],
-                          lambda mel: vocode(torch.from_numpy(mel[0])))}
+
+    def torch_mels(text):
+        with mock.patch.object(sample, "text_noise", script_noise):
+            return [mel[None].numpy() for mel in sample.sample(model, [text], **options)]
+    speakers = {"torch": (torch_mels, lambda mel: vocode(torch.from_numpy(mel[0])))}
     for name, of in (("onnx", voice), ("int8", voice | {"decoder": decoder})):
         speakers[name] = (lambda text, of=of: speak_onnx.sample(of, text, speed=1.0, **options),
                           lambda mel, of=of: speak_onnx.vocode(of, mel))

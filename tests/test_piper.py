@@ -228,7 +228,7 @@ def test_run_sh_installs_what_the_script_needs(tmp_path):
     shutil.copy(ROOT / "run.sh", tmp_path)
     for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_text("")
-    (tmp_path / "config.py").write_text("print('0\\n1\\ncorpus\\nmaker/prepare.py\\n8\\n\\nrun')\n")
+    (tmp_path / "config.py").write_text("print('0\\n1\\ncorpus\\nmaker/prepare.py\\n8\\n\\nrun\\n' + '1\\n' * 7)\n")
     (tmp_path / "maker").mkdir()
     (tmp_path / "maker" / "prepare.py").write_text("import tiny, os\nprint('prepared with', tiny.__name__)\n")
     wheel, needs = tmp_path / "tiny-1-py3-none-any.whl", tmp_path / "maker" / "requirements.txt"
