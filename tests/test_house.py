@@ -1,6 +1,7 @@
 """The shape of the code: imports without a circle, files and functions that can be read in one sitting, a short README."""
 import ast
 import graphlib
+import subprocess
 
 import pytest
 from conftest import ROOT
@@ -43,3 +44,13 @@ def test_no_script_changes_the_import_path():
 def test_train_and_readme_are_short():
     assert CODE["train.py"].count("\n") <= 250
     assert len((ROOT / "README.md").read_bytes()) <= 12 * 1024
+
+
+def test_only_the_voice_is_large():
+    """Wheels of 45 MB were once committed by mistake."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git clone")
+    sizes = {name: (ROOT / name).lstat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
+    assert not {name for name, size in sizes.items() if size > 1e6 and not name.startswith("voices/")}
+    assert sum(size for name, size in sizes.items() if name.startswith("voices/")) <= 16e6
