@@ -36,7 +36,7 @@ class Config:
 
     # --- the corpus
     data_dir: str = "data/ljspeech_bigvgan"  # a processed corpus, written by the prepare script
-    prepare_script: str = ""  # run.sh runs it if data_dir is missing: --out, --source, --config, the log-mel's fields
+    prepare_script: str = ""  # run.sh runs it if data_dir is missing, with --out, --source and the log-mel's fields
     block_size: int = 1024  # longest utterance in mel frames; longer ones are left out, never cropped
     silence_prob: float = 0.0  # chance that an utterance gets a tail of silence (frames at the log-mel floor)
     max_silence_sec: float = 0.5  # longest such tail

@@ -175,7 +175,7 @@ if [ ! -f "$corpus" ]; then
     cp "$needs" .venv/installed_for_prepare
   fi
   echo "no corpus at $data_dir yet: running $prepare" >&2
-  python "$prepare" --out "$data_dir" ${source_dir:+--source "$source_dir"} --config "$config" "${log_mel[@]}" ||
+  python "$prepare" --out "$data_dir" ${source_dir:+--source "$source_dir"} "${log_mel[@]}" ||
     die "the corpus was not prepared; a job that needs no downloads: ./run.sh --config configs/grammar.yaml"
 fi
 if ! $training; then

@@ -16,7 +16,7 @@ from conftest import ROOT
 import audio
 from checkpoint import read_checkpoint
 from common import UserError
-from config import AUDIO_FIELDS, Config
+from config import AUDIO_FIELDS, Config, to_yaml
 from corpus import Corpus
 from espeak import espeak_wav
 
@@ -166,7 +166,7 @@ def test_prepare_makes_the_corpus_and_trains_nothing(script, demo_corpus, tmp_pa
         (status, out, err), = together([({"NNODES": "2"}, [*job, "--gpus", "8"])])  # which only training needs
         assert (status, out, err) == (0, f"the corpus is at {corpus}\n", expected)
         assert (corpus / "metadata" / "dataset_stats.json").exists() and not (tmp_path / "run").exists()
-    handed_on = {"out": corpus, "config": "configs/grammar.yaml"} | {field: getattr(Config(), field) for field in AUDIO_FIELDS}
+    handed_on = {"out": corpus} | {field: getattr(Config(), field) for field in AUDIO_FIELDS}
     assert json.loads((corpus / "argv").read_text()) == [word for k, v in handed_on.items() for word in (f"--{k}", str(v))]
 
 
@@ -183,10 +183,18 @@ def test_the_corpus_has_the_log_mel_of_the_config_and_of_the_flags(script, tmp_p
     good, bad = together([({}, [*job, "--data_dir", tmp_path / "corpus", "--f_max=7600"]),
                           ({}, [*job, "--data_dir", tmp_path / "bad", "--f_max=13000"])])
     assert good[0] == 0, good
-    Corpus(tmp_path / "corpus", Config(sample_rate=24000, n_mels=40, f_min=20.0, f_max=7600.0)).check()
+    log_mel = dict(sample_rate=24000, n_mels=40, f_min=20.0, f_max=7600.0)
+    Corpus(tmp_path / "corpus", Config(**log_mel)).check()
     with pytest.raises(UserError, match=r"sample_rate is 24000 \(config: 22050\), n_mels is 40 \(config: 80\), f_min is 20.0"):
         Corpus(tmp_path / "corpus", Config())
     assert bad == (2, "", "error: f_max = 13000.0: must lie above f_min = 20.0 and not above half the sample rate\n")
+    # a run that starts from a voice takes that voice's, and not that of the voice which its config names
+    (tmp_path / "voice").mkdir()
+    (tmp_path / "voice" / "config.yaml").write_text(to_yaml(Config(**log_mel)))
+    job = [script, "prepare", "--source", tmp_path / "wavs", "--init_from", tmp_path / "voice", "--data_dir", tmp_path / "own"]
+    (status, _, err), = together([({}, job)])
+    assert status == 0, err
+    Corpus(tmp_path / "own", Config(**log_mel)).check()
 
 
 @pytest.mark.slow
