@@ -72,6 +72,8 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
     options = vars(parser.parse_args())
     text, out = options.pop("text"), options.pop("out")
+    if not text.strip():
+        parser.error("--text is empty; expected some words")
     if unknown := set("".join(text.split())) - set(voice["characters"] or text):
         print("warning: not in the training texts, so the voice may say anything there:", *sorted(unknown), file=sys.stderr)
     soundfile.write(out, speak(voice, text, **options), voice["sample_rate"])

@@ -7,6 +7,7 @@
 All three speak each line in turn, with the same noise. --threads N uses N cores, 1 by default. With 1 the times are CPU
 time, which other programs disturb little. Config fields are flags, such as --eval_steps 8. Needs onnxruntime and onnxscript.
 """
+import argparse
 import dataclasses
 import json
 import tempfile
@@ -78,19 +79,25 @@ def speak_all(speakers: dict, texts: list[str], clock) -> tuple:
 
 
 def main(argv: list[str]) -> None:
-    flags = split_flags(argv, extra=("ckpt", "onnx", "threads"))
-    if "onnx" not in flags:
-        raise UserError("--onnx is missing; expected the folder that sample.py --export --onnx wrote")
-    folder, threads, out = flags.pop("onnx"), int(flags.pop("threads", 1)), make_folder(flags.pop("out_dir", "/tmp/onnx"))
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", default=sample.VOICE, help="the voice; default: the one in the box")
+    p.add_argument("--onnx", required=True, metavar="DIR", help="its folder that sample.py --export --onnx wrote")
+    p.add_argument("--threads", type=int, default=1, help="number of cores")
+    p.add_argument("--out_dir", default="/tmp/onnx", help="folder for the wavs and what is heard in them")
+    args, flags = p.parse_known_args(argv)
+    if args.threads < 1 or not Path(args.onnx, "voice.json").is_file():
+        raise UserError(f"--threads {args.threads}, --onnx {args.onnx}: expected one thread or more, and a folder that "
+                        "sample.py --export --onnx wrote")
+    threads, out = args.threads, make_folder(args.out_dir)
     torch.set_num_threads(threads)
-    model, ckpt = load_checkpoint(flags.pop("ckpt", sample.VOICE), "cpu")
-    flags = {"eval_prompts": "eval/prompts.txt", "eval_num_samples": "128"} | flags
+    model, ckpt = load_checkpoint(args.ckpt, "cpu")
+    flags = {"eval_prompts": "eval/prompts.txt", "eval_num_samples": "128"} | split_flags(flags)
     cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
     cfg.eval_judge = choose_judge(cfg, torch.device("cpu"))
     prompts = load_prompts(cfg, model.tokenise, characters=ckpt.get("characters", ""))
     options = {name: getattr(cfg, f"eval_{name}") for name in ("steps", "cfg_scale", "temperature")} | {"seed": cfg.seed}
     clock = time.process_time if threads == 1 else time.perf_counter
-    speakers = load_speakers(model, folder, threads, options)
+    speakers = load_speakers(model, args.onnx, threads, options)
     wavs, seconds, differences = speak_all(speakers, [prompt.spoken or prompt.text for prompt in prompts], clock)
     print(f"largest difference in log-mels: {differences.max():.2g}, in the median line {np.median(differences):.2g}\n\n"
           "| | log-mels, s per s of speech | sound | word errors | WER |\n|---|---|---|---|---|")

@@ -181,6 +181,10 @@ def test_the_script_speaks_without_torch_and_warns_of_digits(folder, tmp_path):
         assert rate == 22050 and len(wav) > 0.3 * rate and np.abs(wav).max() > 0
         wavs.append(wav)
     assert np.array_equal(wavs[0], wavs[1])
+    empty = subprocess.run([sys.executable, f"{folder}/speak_onnx.py", "--text", " ", "--out", "empty.wav"], cwd=tmp_path,
+                           capture_output=True, text=True)
+    assert empty.returncode == 2 and "--text is empty; expected some words" in empty.stderr
+    assert not (tmp_path / "empty.wav").exists()
 
 
 def test_a_long_text_is_cut_at_spaces_into_parts_that_fit(voice):
@@ -198,6 +202,12 @@ def test_the_bench_compares_torch_onnx_and_int8(checkpoint, folder, tmp_path, ca
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" |")[0] for line in lines[-3:]] == ["| torch", "| onnx", "| int8"]
     assert all(len(list((tmp_path / name).glob("*.wav"))) == 2 for name in ("torch", "onnx", "int8"))
+
+
+@pytest.mark.parametrize("flags", [["--onnx", "nowhere"], ["--threads", "0"]])
+def test_the_bench_refuses_what_it_cannot_compare(folder, flags):
+    with pytest.raises(UserError, match="expected one thread or more, and a folder that sample.py --export --onnx wrote"):
+        bench_onnx.main(["--onnx", folder, *flags])
 
 
 def test_what_cannot_be_exported_is_refused(model, folder, tmp_path, monkeypatch):
