@@ -22,10 +22,9 @@ from common import UserError, replacing
 from config import Config
 from model import TTS
 from text_encoder import byte_tokens
-from vocoder import find_learned, load_learned, pseudo_inverse
+from vocoder import MOMENTUM, find_learned, load_learned, pseudo_inverse
 
 SCRIPT = Path(__file__).with_name("speak_onnx.py")
-MOMENTUM = 0.99  # of Griffin-Lim, as in vocoder.py
 README = """# A voice as ONNX
 
 Text to speech by onnxruntime, from nanoAudioDiffusion (step {step} of its training). Torch is not needed:

@@ -15,6 +15,7 @@ from common import UserError, replacing
 from config import AUDIO_FIELDS, Config
 
 LEARNED = "vocoder.safetensors"  # the learned vocoder's file, beside a corpus or a voice
+MOMENTUM = 0.99  # of fast Griffin-Lim
 QUIET = 1e-4  # smallest magnitude that the network sees
 
 
@@ -25,8 +26,8 @@ def pseudo_inverse(log_mels: torch.Tensor, cfg: Config) -> torch.Tensor:
     return log_mels.float().exp() @ mel_inverse(cfg, log_mels.device).T
 
 
-def griffin_lim(log_mels: torch.Tensor, cfg: Config, magnitudes: torch.Tensor | None = None, iterations: int = 32,
-                momentum: float = 0.99) -> np.ndarray:
+def griffin_lim(log_mels: torch.Tensor, cfg: Config, magnitudes: torch.Tensor | None = None,
+                iterations: int = 32) -> np.ndarray:
     """Log-mel (frames, n_mels) to a wav (frames · hop_length,) by fast Griffin-Lim.
 
     It finds phases for `magnitudes` (frames, bins); by default they are the pseudo-inverse, clamped at zero. The momentum
@@ -44,7 +45,7 @@ def griffin_lim(log_mels: torch.Tensor, cfg: Config, magnitudes: torch.Tensor | 
     previous = previous.to(magnitude.device)
     for _ in range(iterations):
         rebuilt = torch.stft(torch.istft(magnitude * phase, **stft), return_complex=True, pad_mode="constant", **stft)
-        phase = rebuilt - momentum / (1 + momentum) * previous
+        phase = rebuilt - MOMENTUM / (1 + MOMENTUM) * previous
         phase = phase / (phase.abs() + 1e-16)
         previous = rebuilt
     wav = torch.istft(magnitude * phase, **stft)

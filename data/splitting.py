@@ -18,7 +18,7 @@ from checkpoint import load_checkpoint
 from common import UserError, map_processes, progress
 from config import Config
 from corpus import Utterance
-from model import TTS
+from model import DIAGONAL, TTS
 from normalise import as_spoken
 from silence import KEPT_SILENCE, find_speech, part, part_times, trimmed
 from text_encoder import byte_tokens
@@ -27,7 +27,6 @@ PAUSE, WORD_PAUSE = 0.12, 0.25  # seconds: the shortest pause to cut in, after p
 MARGIN, WORD_MARGIN = 30.0, 100.0  # by how much the alignment's score must fall if another gap of the text is put there
 COVER, WORD_COVER = 0.3, 0.5  # share of the pause that the alignment gives to the gap between the two words
 MOST_CELLS = 30_000_000  # positions times tokens: 240 MB for each of a few arrays
-DIAGONAL = 1.0  # weight of the prior towards a straight alignment, as in training
 # An alignment is trusted by its error, the squared distance between log-mels, over that of a control: the same words in
 # reverse order. The largest ratio for a recording, and for a piece. With a stranger's recordings, right texts had 0.63 to
 # 0.88, and texts of other recordings 0.75 to 1.15, most of them more than 0.9
