@@ -4,7 +4,7 @@
     python DIR/speak_onnx.py --text "Hello." --out hello.wav
 
 Each graph takes any batch and any lengths: text.onnx reads the text, decoder.onnx gives the velocity at one time,
-magnitudes.onnx and griffin_lim.onnx turn a log-mel into sound. The loops are in speak_onnx.py, which is copied into DIR.
+vocoder.onnx turns a log-mel into sound. The loop is in speak_onnx.py, which is copied into DIR.
 """
 import functools
 import json
@@ -22,7 +22,7 @@ from common import UserError, replacing
 from config import Config
 from model import TTS
 from text_encoder import byte_tokens
-from vocoder import MOMENTUM, find_learned, load_learned, pseudo_inverse
+from vocoder import LEARNED, find_learned, load_learned
 
 SCRIPT = Path(__file__).with_name("speak_onnx.py")
 README = """# A voice as ONNX
@@ -39,7 +39,7 @@ project, `python sample.py --show_text` prints a text as it is spoken. The train
     {characters}
 
 `voice.json` holds the rates, the log-mel's mean and deviation, the longest utterance in frames and the options' defaults.
-`speak_onnx.py` shows how the graphs work together: the Euler steps with guidance, and the iterations of Griffin-Lim.
+`speak_onnx.py` shows how the graphs work together: the Euler steps with guidance.
 
 | graph | | name | shape | |
 |---|---|---|---|---|
@@ -54,13 +54,8 @@ project, `python sample.py --show_text` prints a text as it is spoken. The train
 | | in | `mel_lengths` | batch | int64; the largest is the number of frames |
 | | in | `no_text` | batch | bool; without text, for guidance |
 | | out | `velocity` | batch, frames, {n_mels} | |
-| `magnitudes.onnx` | in | `log_mel` | batch, frames, {n_mels} | natural logarithm |
-| | out | `magnitude` | batch, frames, {bins} | of the short-time Fourier transform |
-| | out | `phase` | batch, 2, frames, {bins} | random ones to start with: cosines, sines |
-| `griffin_lim.onnx` | in | `magnitude`, `phase` | | as above, or the last iteration's `next_phase` |
-| | in | `previous` | batch, 2, frames, {bins} | the last iteration's `spectra`; zeros in the first |
-| | out | `wav` | batch, frames · {hop} | the sound so far |
-| | out | `next_phase`, `spectra` | batch, 2, frames, {bins} | for the next iteration |
+| `vocoder.onnx` | in | `log_mel` | batch, frames, {n_mels} | natural logarithm |
+| | out | `wav` | batch, frames · {hop} | |
 """
 
 
@@ -96,64 +91,6 @@ def velocity(model: TTS, x, t, text, share, mel_lengths, token_lengths, no_text)
     return model.decoder(x, t, text, token_positions, mel_lengths, token_lengths, alignment)[:, :frames]
 
 
-class Magnitudes(nn.Module):
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.cfg, learned = cfg, find_learned(cfg)
-        self.net = load_learned(learned, "cpu", cfg) if learned else None
-        start = 2 * math.pi * torch.rand(64, cfg.n_fft // 2 + 1, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("start", torch.stack([start.cos(), start.sin()]))
-
-    def forward(self, log_mel):
-        """Log-mels (B, T, n_mels) -> magnitudes (B, T, bins), and random phases for a start (B, 2, T, bins), fixed numbers
-        that repeat every 64 frames."""
-        magnitude = self.net(log_mel).exp() if self.net is not None else pseudo_inverse(log_mel, self.cfg).clamp(min=0)
-        phase = self.start[:, torch.arange(log_mel.shape[1]) % 64]
-        return magnitude, phase.expand(log_mel.shape[0], -1, -1, -1)
-
-
-class GriffinLim(nn.Module):
-    """One iteration of `vocoder.griffin_lim`, by matrix products, because onnxruntime's Fourier transforms are slow.
-
-    With time counted from a frame's centre, the real part of its spectrum depends only on the sum of its first half and its
-    reversed second half, and the imaginary part only on their difference. That saves half of the products.
-    """
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.size, self.hop, padding = cfg.n_fft, cfg.hop_length, cfg.n_fft - cfg.win_length
-        bins = torch.arange(self.size // 2 + 1).double()
-        time = torch.arange(self.size // 2).double() - (self.size - 1) / 2
-        angles = 2 * math.pi / self.size * time[:, None] * bins
-        self.register_buffer("cos", angles.cos().float())
-        self.register_buffer("sin", -angles.sin().float())
-        weight = torch.where(bins % (self.size // 2) == 0, 1.0, 2.0) / self.size  # of each bin in the inverse transform
-        self.register_buffer("weight", weight)
-        window = torch.hann_window(cfg.win_length)
-        self.register_buffer("window", F.pad(window, (padding // 2, padding - padding // 2)))
-
-    def overlap_add(self, frames):
-        """Frames (B, T, n_fft) -> their sum, each a hop later than the last, as blocks of a hop (B, T + more, hop)."""
-        count = -(-self.size // self.hop)  # of blocks in a frame
-        blocks = F.pad(frames, (0, count * self.hop - self.size)).chunk(count, dim=2)
-        return sum(F.pad(block, (0, 0, n, count - 1 - n)) for n, block in enumerate(blocks))
-
-    def forward(self, magnitude, phase, previous):
-        """Magnitudes (B, T, bins) and phases (B, 2, T, bins), cosines and sines -> wavs (B, T * hop_length), the next
-        phases, and the wavs' spectra, which the next iteration takes as `previous` (the first takes zeros)."""
-        T, (real, imaginary) = magnitude.shape[1], ((magnitude * self.weight)[:, None] * phase).unbind(1)
-        even, odd = real @ self.cos.T, imaginary @ self.sin.T
-        frames = torch.cat([even + odd, (even - odd).flip(2)], dim=2) * self.window
-        wav = self.overlap_add(frames) / self.overlap_add((self.window ** 2).expand(1, T, -1)).clamp(min=1e-8)
-        frames = torch.cat([wav[:, n:n + T] for n in range(-(-self.size // self.hop))], dim=2)[..., :self.size] * self.window
-        left, right = frames[..., :self.size // 2], frames[..., self.size // 2:].flip(2)
-        spectra = torch.stack([(left + right) @ self.cos, (left - right) @ self.sin], dim=1)
-        phase = spectra - MOMENTUM / (1 + MOMENTUM) * previous
-        phase = phase / (phase * phase).sum(1, keepdim=True).sqrt().clamp(min=1e-16)  # the exporter would drop + 1e-16
-        wav = wav.flatten(1)[:, (self.size - self.hop) // 2:][:, :T * self.hop]
-        return wav, phase, spectra
-
-
 def graphs(model: TTS) -> dict[str, tuple]:
     """Name -> the module, its example inputs, the names of their first axes (None: of fixed size), the outputs' names."""
     cfg, B, L, T = model.cfg, 3, 7, 12  # an example's sizes must be neither 1 nor equal, which export takes as constants
@@ -162,14 +99,11 @@ def graphs(model: TTS) -> dict[str, tuple]:
     text, _, share = read_text(model, **of_text)
     of_decoder = {"x": torch.zeros(B, T, cfg.n_mels), "t": torch.full((B,), 0.5), "text": text, "share": share,
                   "mel_lengths": mel_lengths, "token_lengths": token_lengths, "no_text": torch.tensor([False, True, False])}
-    spectra = torch.zeros(B, T, cfg.n_fft // 2 + 1), *torch.zeros(2, B, 2, T, cfg.n_fft // 2 + 1)
-    batch, tokens, frames, parts = ("batch",), ("batch", "tokens"), ("batch", "frames"), ("batch", None, "frames")
+    batch, tokens, frames = ("batch",), ("batch", "tokens"), ("batch", "frames")
     return {
         "text": (Graph(read_text, model), of_text, [tokens, batch], ["text", "seconds", "share"]),
         "decoder": (Graph(velocity, model), of_decoder, [frames, batch, tokens, tokens, batch, batch, batch], ["velocity"]),
-        "magnitudes": (Magnitudes(cfg), {"log_mel": torch.zeros(B, T, cfg.n_mels)}, [frames], ["magnitude", "phase"]),
-        "griffin_lim": (GriffinLim(cfg), dict(zip(["magnitude", "phase", "previous"], spectra)), [frames, parts, parts],
-                        ["wav", "next_phase", "spectra"]),
+        "vocoder": (load_learned(find_learned(cfg), "cpu", cfg), {"log_mel": torch.zeros(B, T, cfg.n_mels)}, [frames], ["wav"]),
     }
 
 
@@ -225,14 +159,16 @@ def export_onnx(model: TTS, step: int, folder: str, characters: str = "") -> Non
     if model.tokenise is not byte_tokens:
         raise UserError(f"text_encoder_name: {model.cfg.text_encoder_name}: its tokeniser cannot be written as ONNX; "
                         "expected one that reads bytes: random, or a ByT5")
+    if not find_learned(model.cfg):
+        raise UserError(f"--onnx needs the voice's learned vocoder, but {model.cfg.out_dir} has no {LEARNED}; make it with "
+                        "train_vocoder.py --ckpt, which takes two minutes and the recordings")
     if Path(folder).exists():
         raise UserError(f"{folder} exists already; name another folder to export to, or delete it")
     cfg = model.cfg
     voice = {name: getattr(cfg, name) for name in ("sample_rate", "hop_length", "n_mels", "mel_mean", "mel_std")}
     options = {name: getattr(cfg, f"eval_{name}") for name in ("steps", "cfg_scale", "temperature")}
     voice |= {"most_frames": cfg.block_size, "characters": characters, "options": options | {"seed": 0, "speed": 1.0}}
-    readme = README.format(step=step, characters=characters, width=cfg.width, n_mels=cfg.n_mels, bins=cfg.n_fft // 2 + 1,
-                           hop=cfg.hop_length)
+    readme = README.format(step=step, characters=characters, width=cfg.width, n_mels=cfg.n_mels, hop=cfg.hop_length)
     with replacing(folder) as tmp:
         tmp.mkdir(parents=True)
         for name, parts in graphs(model).items():

@@ -17,7 +17,7 @@ import soundfile
 def load_voice(folder, options=None) -> dict:
     """The entries of voice.json, and a session for each graph. `options` are onnxruntime's SessionOptions."""
     voice = json.loads(Path(folder, "voice.json").read_text(encoding="utf-8"))
-    for name in ("text", "decoder", "magnitudes", "griffin_lim"):
+    for name in ("text", "decoder", "vocoder"):
         path = Path(folder, f"{name}.onnx")
         voice[name] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return voice
@@ -46,20 +46,12 @@ def sample(voice, text, steps, cfg_scale, temperature, seed, speed) -> list[np.n
     return [x * voice["mel_std"] + voice["mel_mean"]]
 
 
-def vocode(voice, log_mel, iterations=32) -> np.ndarray:
-    """A log-mel (1, frames, n_mels) as a wav (frames * hop_length,), by Griffin-Lim."""
-    magnitude, phase = voice["magnitudes"].run(None, {"log_mel": log_mel})
-    spectra = np.zeros_like(phase)
-    for _ in range(iterations + 1):
-        wav, phase, spectra = voice["griffin_lim"].run(None, {"magnitude": magnitude, "phase": phase, "previous": spectra})
-    return wav[0]
-
-
 def speak(voice, text, **options) -> np.ndarray:
     """A text of any length as a wav: sentence by sentence, with a pause after each. `options` are those of `sample`."""
     wavs, pause = [], np.zeros(voice["sample_rate"] // 4, np.float32)
     for sentence in re.split(r"(?<=[.!?]) ", " ".join(text.split())):
-        wavs += [vocode(voice, log_mel) for log_mel in sample(voice, sentence, **options)] + [pause]
+        log_mels = sample(voice, sentence, **options)
+        wavs += [voice["vocoder"].run(None, {"log_mel": log_mel})[0][0] for log_mel in log_mels] + [pause]
     return np.concatenate(wavs[:-1])
 
 

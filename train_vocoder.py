@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ from config import Config, parse_with_audio
 from corpus import RECORDINGS, Corpus
 from data import collate, training_rows
 from model import TTS
-from vocoder import LEARNED, QUIET, Magnitudes, load_learned, save_learned, vocoder_kind
+from pitch import CANDIDATES, pitch
+from vocoder import LEARNED, QUIET, SourceFilter, load_learned, save_learned, vocoder_kind
 
-WIDTH, BLOCKS = 144, 4  # 0.67 million parameters; 2.3 million took longer and were no better
+WIDTH, BLOCKS = 128, 4  # 0.77 million parameters
 STEPS, BATCH, FRAMES = 2400, 16, 96
 PEAK_LR, WARMUP = 1e-3, 30
+PITCH = 0.2  # weight of the loss of the pitch
 LOUD = 3.0  # weight of the error of the magnitudes' square roots, in which the loud harmonics count
 BLUR, HISS = (0.8, 0.5), 0.3  # strongest smoothing over time and over bands, and strongest noise, of a blurred log-mel
 
@@ -63,49 +66,65 @@ def own_log_mels(model: TTS, corpus: Corpus, rows: list[int], seed: int) -> dict
     return guessed
 
 
-def train(net: Magnitudes, pairs: list[tuple], steps: int) -> float:
-    """Train a network on pairs of log-mels (frames, n_mels) and log magnitudes (frames, bins). Returns its mean loss.
+class Recording(NamedTuple):
+    """What the vocoder learns from a recording of `frames` frames."""
+    log_mel: torch.Tensor  # (frames, n_mels)
+    log_magnitudes: torch.Tensor  # (frames, bins)
+    f0: torch.Tensor  # (frames,) in Hz; between its neighbours where the recording is unvoiced
+    voiced: torch.Tensor  # (frames,) bool
+    own: torch.Tensor | None = None  # the voice's own log-mel of it (frames, n_mels)
 
-    A pair may have a third entry, the voice's own log-mel of the recording, which half of each batch then has. A quarter of
-    each batch is blurred. The loss is the mean absolute error of the log magnitudes and of the magnitudes' square roots. A
-    critic besides (least-squares GAN) took twice as long and gave rougher speech.
+
+def train(net: SourceFilter, recordings: list[Recording], steps: int) -> float:
+    """Train a network on recordings. Returns its mean loss of the magnitudes.
+
+    Half of each batch has the voice's own log-mels, if there are any. A quarter of each batch is blurred. The magnitudes are
+    made from the recording's own pitch, so they need not average over pitches where a log-mel does not show it clearly. Their
+    loss is the mean absolute error of their logarithms and of their square roots; that of the pitch is the cross-entropy.
     """
     rng, losses = np.random.default_rng(0), []
-    pairs = [pair for pair in pairs if len(pair[0]) > FRAMES]
-    if len(pairs) < BATCH:
-        raise UserError(f"{len(pairs)} recordings are longer than {FRAMES} frames; the vocoder needs at least {BATCH}")
+    recordings = [recording for recording in recordings if len(recording.f0) > FRAMES]
+    if len(recordings) < BATCH:
+        raise UserError(f"{len(recordings)} recordings are longer than {FRAMES} frames; the vocoder needs at least {BATCH}")
     opt = torch.optim.AdamW(net.parameters(), betas=(0.8, 0.95))
     for step in progress(range(steps), desc="training the vocoder", unit="step", leave=True):
         for group in opt.param_groups:
             group["lr"] = PEAK_LR * min(1, step / WARMUP) * (1 - step / steps)
         parts = []
-        for pair in (pairs[i] for i in rng.integers(len(pairs), size=BATCH)):
-            start = rng.integers(len(pair[0]) - FRAMES)
-            heard = pair[2] if len(pair) > 2 and len(parts) < BATCH // 2 else pair[0]
-            parts.append((heard[start:start + FRAMES], pair[1][start:start + FRAMES]))
-        given, target = (torch.stack(part) for part in zip(*parts))
+        for recording in (recordings[i] for i in rng.integers(len(recordings), size=BATCH)):
+            start = rng.integers(len(recording.f0) - FRAMES)
+            heard = recording.log_mel if recording.own is None or len(parts) >= BATCH // 2 else recording.own
+            parts.append([x[start:start + FRAMES] for x in (heard, *recording[1:4])])
+        log_mels, target, f0, voiced = (torch.stack(part) for part in zip(*parts))
         blurred = slice(BATCH // 2, BATCH // 2 + BATCH // 4)
-        given[blurred] = blur(given[blurred])
-        made = net(given)
+        log_mels[blurred] = blur(log_mels[blurred])
+        made = net.log_magnitudes(log_mels, f0, voiced)
         loss = (made - target).abs().mean() + LOUD * ((made / 2).exp() - (target / 2).exp()).abs().mean()
+        candidate = (f0.log()[..., None] - net.log_candidates).abs().argmin(dim=-1)
+        candidate = candidate.where(voiced, len(CANDIDATES))
+        of_pitch = F.cross_entropy(net.pitch_logits(log_mels).flatten(0, 1), candidate.flatten(), label_smoothing=0.05)
         opt.zero_grad()
-        loss.backward()
+        (loss + PITCH * of_pitch).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         losses.append(loss.item())
     return float(np.mean(losses[-100:]))
 
 
-def read_pairs(folder: Path, ids: list[str], cfg: Config) -> dict[str, tuple]:
-    """Log-mel and log magnitudes of each <id>.wav that lies in `folder`, by id. Raises UserError if there is none."""
-    pairs = {}
+def read_recordings(folder: Path, ids: list[str], cfg: Config) -> dict[str, Recording]:
+    """The recordings <id>.wav that lie in `folder`, by id. Raises UserError if there is none."""
+    found = {}
     for utt_id in progress([i for i in ids if (folder / f"{i}.wav").is_file()], desc=f"reading {folder}"):
         wav = audio.read_wav(str(folder / f"{utt_id}.wav"), cfg.sample_rate)
-        pairs[utt_id] = audio.log_mel(wav, cfg), audio.magnitudes(wav, cfg).T.clamp(min=QUIET).log()
-    if not pairs:
+        f0, mel = pitch(wav, cfg), audio.log_mel(wav, cfg)
+        voiced = ~np.isnan(f0)
+        f0 = np.interp(np.arange(len(f0)), np.flatnonzero(voiced), f0[voiced]) if voiced.any() else np.full(len(f0), 100.0)
+        found[utt_id] = Recording(mel, audio.magnitudes(wav, cfg).T.clamp(min=QUIET).log(), torch.tensor(f0).float(),
+                                  torch.tensor(voiced))
+    if not found:
         raise UserError(f"{folder} holds no recording of the training utterances, such as {ids[0]}.wav; name their folder "
                         "with --recordings")
-    return pairs
+    return found
 
 
 def train_if_missing(cfg: Config, device) -> None:
@@ -123,34 +142,34 @@ def train_on_recordings(data_dir: str, cfg: Config, recordings: Path | None = No
     """Train a vocoder on a corpus's recordings, and write it beside the corpus. Returns its path. Raises UserError."""
     corpus, start = Corpus(data_dir, cfg), time.time()
     ids = [corpus.ids[i] for i in corpus.split("train", cfg)]
-    pairs = read_pairs(recordings or corpus.dir / RECORDINGS, ids, cfg)
+    found = read_recordings(recordings or corpus.dir / RECORDINGS, ids, cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = Magnitudes(cfg, WIDTH, BLOCKS)
-        loss = train(net, list(pairs.values()), STEPS)
+        net = SourceFilter(cfg, WIDTH, BLOCKS)
+        loss = train(net, list(found.values()), STEPS)
     path = corpus.dir / LEARNED
-    save_learned(net, path, recordings=len(pairs), steps=STEPS, loss=round(loss, 4))
-    tell(f"{path}: learned from {len(pairs)} recordings in {time.time() - start:.0f} s; mean loss {loss:.3f}")
+    save_learned(net, path, recordings=len(found), steps=STEPS, loss=round(loss, 4))
+    tell(f"{path}: learned from {len(found)} recordings in {time.time() - start:.0f} s; mean loss {loss:.3f}")
     return path
 
 
 def train_on_voice(ckpt: str, recordings: Path | None = None) -> Path:
     """Train a voice's vocoder further, on its own log-mels, and write it beside the checkpoint. Raises UserError."""
-    start, (model, _) = time.time(), load_checkpoint(ckpt, "cpu")
+    start, (model, trained) = time.time(), load_checkpoint(ckpt, "cpu")
     cfg, folder = model.cfg, Path(model.cfg.out_dir)
     corpus = Corpus(cfg.data_dir, cfg)
     learned = corpus.dir / LEARNED
     if not learned.is_file():
         train_on_recordings(cfg.data_dir, cfg, recordings)
     ids = {corpus.ids[i]: int(i) for i in training_rows(corpus, cfg, model.tokenise)}
-    pairs = read_pairs(recordings or corpus.dir / RECORDINGS, list(ids), cfg)
+    found = read_recordings(recordings or corpus.dir / RECORDINGS, list(ids), cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        own = own_log_mels(model, corpus, [ids[i] for i in pairs], cfg.seed)
+        own = own_log_mels(model, corpus, [ids[i] for i in found], cfg.seed)
         net = load_learned(learned, "cpu", cfg).requires_grad_(True).train()
-        loss = train(net, [(*pair, own[ids[i]]) for i, pair in pairs.items()], STEPS // 2)
-    save_learned(net, folder / LEARNED, recordings=len(pairs), steps=STEPS // 2, loss=round(loss, 4), voice=str(ckpt))
-    tell(f"{folder / LEARNED}: learned from {len(pairs)} recordings and the voice in {time.time() - start:.0f} s; "
+        loss = train(net, [recording._replace(own=own[ids[i]]) for i, recording in found.items()], STEPS // 2)
+    save_learned(net, folder / LEARNED, recordings=len(found), steps=STEPS // 2, loss=round(loss, 4), voice_step=trained["step"])
+    tell(f"{folder / LEARNED}: learned from {len(found)} recordings and the voice in {time.time() - start:.0f} s; "
          f"mean loss {loss:.3f}")
     return folder / LEARNED
 

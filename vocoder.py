@@ -1,6 +1,7 @@
-"""Log-mels to sound: BigVGAN, Griffin-Lim, and Griffin-Lim on magnitudes that a small network learned from recordings."""
+"""Log-mels to sound: BigVGAN, Griffin-Lim, and a small network that learned from recordings."""
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from torch import nn
 from audio import hann, mel_inverse
 from common import UserError, replacing
 from config import AUDIO_FIELDS, Config
+from pitch import CANDIDATES
 
 LEARNED = "vocoder.safetensors"  # the learned vocoder's file, beside a corpus or a voice
 MOMENTUM = 0.99  # of fast Griffin-Lim
 QUIET = 1e-4  # smallest magnitude that the network sees
+NEAR = 3  # candidates on either side of the likeliest pitch that count in its mean
+NOISE = 2**16  # samples of noise, repeated
 
 
 # --- Griffin-Lim
@@ -26,15 +30,13 @@ def pseudo_inverse(log_mels: torch.Tensor, cfg: Config) -> torch.Tensor:
     return log_mels.float().exp() @ mel_inverse(cfg, log_mels.device).T
 
 
-def griffin_lim(log_mels: torch.Tensor, cfg: Config, magnitudes: torch.Tensor | None = None,
-                iterations: int = 32) -> np.ndarray:
+def griffin_lim(log_mels: torch.Tensor, cfg: Config, iterations: int = 32) -> np.ndarray:
     """Log-mel (frames, n_mels) to a wav (frames · hop_length,) by fast Griffin-Lim.
 
-    It finds phases for `magnitudes` (frames, bins); by default they are the pseudo-inverse, clamped at zero. The momentum
-    follows Perraudin, Balazs and Søndergaard, "A fast Griffin-Lim algorithm" (2013). The random start is fixed, so equal
-    log-mels give equal wavs.
+    It finds phases for the pseudo-inverse, clamped at zero. The momentum follows Perraudin, Balazs and Søndergaard, "A fast
+    Griffin-Lim algorithm" (2013). The random start is fixed, so equal log-mels give equal wavs.
     """
-    magnitude = (pseudo_inverse(log_mels, cfg).clamp(min=0) if magnitudes is None else magnitudes).T
+    magnitude = pseudo_inverse(log_mels, cfg).clamp(min=0).T
     # log_mel's frames lie half a hop later than those of a centred STFT. Two extra frames let short input through.
     magnitude = F.pad(magnitude, (0, 2))
     stft = dict(n_fft=cfg.n_fft, hop_length=cfg.hop_length, win_length=cfg.win_length,
@@ -107,6 +109,11 @@ def load_bigvgan(model: str, device, cfg: Config):
 
 # --- the learned vocoder
 
+def scaled(log_mels: torch.Tensor) -> torch.Tensor:
+    """Log-mels of speech, with a mean near 0 and a deviation near 1."""
+    return (log_mels + 5.5) / 2
+
+
 class Block(nn.Module):
     """A ConvNeXt block along time (arXiv 2201.03545), as in Vocos (arXiv 2306.00814)."""
 
@@ -121,35 +128,116 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(self.along_time(x.mT).mT))
 
 
-class Magnitudes(nn.Module):
-    """Log-mels to the magnitudes that a sound can have: a correction of the pseudo-inverse, which no sound has."""
+class Convolutions(nn.Module):
+    """Blocks over frames, from `inputs` to `outputs` numbers a frame, which are zero before training."""
 
-    def __init__(self, cfg: Config, width: int, blocks: int):
+    def __init__(self, inputs: int, width: int, blocks: int, outputs: int):
         super().__init__()
-        self.cfg = cfg
-        self.inp = nn.Conv1d(cfg.n_mels, width, 7, padding=3)
+        self.inp = nn.Conv1d(inputs, width, 7, padding=3)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, cfg.n_fft // 2 + 1)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, outputs)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, log_mels):
-        """log_mels (B, T, n_mels) -> log magnitudes (B, T, bins)."""
-        x = (log_mels + 5.5) / 2  # about the mean and deviation of speech
-        x = self.blocks(self.inp(x.mT).mT)
-        return pseudo_inverse(log_mels, self.cfg).clamp(min=QUIET).log() + self.out(self.norm(x))
+    def forward(self, x):
+        """x (B, T, inputs) -> (B, T, outputs)."""
+        return self.out(self.norm(self.blocks(self.inp(x.mT).mT)))
 
 
-def save_learned(net: Magnitudes, path, **facts) -> None:
+class SourceFilter(nn.Module):
+    """Log-mels to sound: pulses at the voice's pitch, or noise where it has none, with learned magnitudes.
+
+    Griffin-Lim has to find phases, and its harmonics are rough. Those of pulses are smooth. The magnitudes are sharp because
+    the network knows the pitch, which a model's log-mels show clearly, even where they blur the harmonics. As in neural
+    source-filter models (arXiv 1904.12088), but in the spectrum.
+    """
+
+    def __init__(self, cfg: Config, width: int, blocks: int):
+        super().__init__()
+        self.cfg, self.width, bins = cfg, width, cfg.n_fft // 2 + 1
+        self.to_pitch = Convolutions(cfg.n_mels, width // 2, blocks // 2, len(CANDIDATES) + 1)  # the last one: unvoiced
+        self.to_magnitudes = Convolutions(cfg.n_mels + 2, width, blocks, 3 * bins)
+        margin = cfg.n_fft - cfg.win_length
+        constants = {"log_candidates": torch.tensor(CANDIDATES).log().float(),
+                     "frequencies": torch.arange(bins) * (cfg.sample_rate / cfg.n_fft),
+                     "noise": torch.randn(NOISE, generator=torch.Generator().manual_seed(0)),
+                     "window": F.pad(torch.hann_window(cfg.win_length), (margin // 2, margin - margin // 2))}
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def pitch_logits(self, log_mels):
+        """log_mels (B, T, n_mels) -> logits (B, T, candidates + 1) of pitch.CANDIDATES, and of an unvoiced frame."""
+        return self.to_pitch(scaled(log_mels))
+
+    def pitch(self, log_mels):
+        """log_mels (B, T, n_mels) -> the pitch in Hz (B, T), a guess where the frame is unvoiced, and voiced (B, T), bool."""
+        p = self.pitch_logits(log_mels).softmax(dim=-1)
+        candidates, unvoiced = p[..., :-1], p[..., -1]
+        place = torch.arange(candidates.shape[-1], device=p.device)
+        near = candidates * ((place - candidates.argmax(dim=-1, keepdim=True)).abs() <= NEAR)
+        return ((near @ self.log_candidates) / near.sum(dim=-1)).exp(), unvoiced < 0.5
+
+    def log_magnitudes(self, log_mels, f0, voiced):
+        """log_mels (B, T, n_mels), their pitch f0 (B, T) in Hz and voiced (B, T), bool -> log magnitudes (B, T, bins).
+
+        They are a correction of the pseudo-inverse, plus a ripple along the frequencies with a peak at each harmonic.
+        """
+        voiced = voiced[..., None].float()
+        x = torch.cat([scaled(log_mels), voiced, 4 * voiced * (f0[..., None] / 100).log()], dim=-1)
+        level, once, twice = self.to_magnitudes(x).chunk(3, dim=-1)
+        angle = 2 * math.pi * self.frequencies / f0[..., None]
+        ripple = voiced * (once * angle.cos() + twice * (2 * angle).cos())
+        return pseudo_inverse(log_mels, self.cfg).clamp(min=QUIET).log() + level + ripple
+
+    def source(self, f0):
+        """f0 (B, T) in Hz -> pulses (B, T * hop_length), one at each start of a period, between samples where need be."""
+        f0 = F.interpolate(f0[:, None], scale_factor=float(self.cfg.hop_length), mode="linear")[:, 0]
+        turns = (f0.double() / self.cfg.sample_rate).cumsum(dim=1)
+        whole = turns.floor()
+        late = ((turns - whole)[:, 1:] / turns.diff(dim=1)).float()  # since the start, in samples
+        starts = (whole.diff(dim=1) > 0).float()
+        return F.pad(starts * late, (0, 1)) + F.pad(starts * (1 - late), (1, 0))
+
+    def frames(self, wav):
+        """wav (B, T * hop_length) -> windowed frames (B, T, n_fft), each with its hop in the middle, as log_mel's frames."""
+        size, hop = self.cfg.n_fft, self.cfg.hop_length
+        T, count, margin = wav.shape[1] // hop, -(-size // hop), (size - hop) // 2
+        blocks = F.pad(wav, (margin, (count - 1) * hop - margin)).unflatten(1, (-1, hop))
+        return torch.cat([blocks[:, n:n + T] for n in range(count)], dim=2)[..., :size] * self.window
+
+    def overlap_add(self, frames):
+        """Frames (B, T, n_fft) -> their sum (B, T * hop_length): the inverse of `frames`, but for the window."""
+        size, hop = self.cfg.n_fft, self.cfg.hop_length
+        T, count, margin = frames.shape[1], -(-size // hop), (size - hop) // 2
+        blocks = F.pad(frames, (0, count * hop - size)).chunk(count, dim=2)
+        total = sum(F.pad(block, (0, 0, n, count - 1 - n)) for n, block in enumerate(blocks))
+        return total.flatten(1)[:, margin:margin + T * hop]
+
+    def forward(self, log_mel):
+        """log_mel (B, T, n_mels) -> wavs (B, T * hop_length)."""
+        f0, voiced = self.pitch(log_mel)
+        magnitudes = self.log_magnitudes(log_mel, f0, voiced).exp()
+        pulses = self.source(f0)
+        noise = self.noise[torch.arange(pulses.shape[1], device=f0.device) % NOISE][None]
+        spectra = torch.fft.rfft(torch.where(voiced[..., None], self.frames(pulses), self.frames(noise)))
+        weight = self.overlap_add((self.window ** 2).expand(1, log_mel.shape[1], -1)).clamp(min=1e-3)
+        for _ in range(2):  # the second time with phases on which neighbouring frames agree
+            spectra = spectra * (magnitudes / spectra.abs().clamp(min=1e-6))
+            wav = self.overlap_add(torch.fft.irfft(spectra) * self.window) / weight
+            spectra = torch.fft.rfft(self.frames(wav))
+        return wav
+
+
+def save_learned(net: SourceFilter, path, **facts) -> None:
     """Write the network in half precision, with its sizes, its log-mel's fields and `facts` about its training."""
     about = {k: getattr(net.cfg, k) for k in AUDIO_FIELDS} | facts
-    about |= {"width": net.out.in_features, "blocks": len(net.blocks)}
+    about |= {"width": net.width, "blocks": len(net.to_magnitudes.blocks)}
     weights = {k: v.half() for k, v in net.state_dict().items()}
     with replacing(Path(path)) as tmp:
         tmp.write_bytes(safetensors.torch.save(weights, {"about": json.dumps(about)}))
 
 
-def load_learned(path, device, cfg: Config) -> Magnitudes:
+def load_learned(path, device, cfg: Config) -> SourceFilter:
     """The network that `save_learned` wrote. Raises UserError if the file is damaged or of another log-mel than `cfg`'s."""
     if path is None:
         raise UserError(f"no learned vocoder ({LEARNED}) in {cfg.out_dir} or {cfg.data_dir}; train it with "
@@ -165,7 +253,7 @@ def load_learned(path, device, cfg: Config) -> Magnitudes:
     refuse_other_log_mel(str(path), theirs, cfg)
     try:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers do not change
-            net = Magnitudes(cfg, about["width"], about["blocks"])
+            net = SourceFilter(cfg, about["width"], about["blocks"])
         net.load_state_dict(weights)
     except Exception:  # sizes and weights of another network
         raise damaged from None
@@ -218,5 +306,5 @@ def load_vocoder(cfg: Config, device):
         mel = mel.float().to(device)
         if kind == "bigvgan":
             return net(mel.T[None])[0, 0].cpu().numpy()
-        return griffin_lim(mel, cfg, net(mel[None])[0].exp())
+        return net(mel[None])[0].cpu().numpy()
     return vocode

@@ -53,7 +53,7 @@ def load_speakers(model, folder: str, threads: int, options: dict) -> dict:
     speakers = {"torch": (torch_mels, lambda mel: vocode(torch.from_numpy(mel[0])))}
     for name, of in (("onnx", voice), ("int8", voice | {"decoder": decoder})):
         speakers[name] = (lambda text, of=of: speak_onnx.sample(of, text, speed=1.0, **options),
-                          lambda mel, of=of: speak_onnx.vocode(of, mel))
+                          lambda mel, of=of: of["vocoder"].run(None, {"log_mel": mel})[0][0])
     return speakers
 
 

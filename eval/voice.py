@@ -9,15 +9,10 @@ import numpy as np
 
 import audio
 from config import Config
+from pitch import pitch
 
 RATE = 16000  # Hz, of both networks' input
 PACKAGES = {"speechmos": "DNSMOS", "resemblyzer": "likeness"}  # each optional package, and what it gives
-SEMITONES = np.arange(0, 12 * np.log2(500 / 60), 0.25)  # candidates for the pitch, above 60 Hz
-WINDOW = 0.093  # seconds of pitch's spectra: the harmonics of a low voice are apart
-HARMONICS, HIGHEST = 8, 4000.0  # number of harmonics that count, and the highest frequency in Hz
-UNVOICED = 0.1  # score of an unvoiced frame
-JUMP, SWITCH = 0.12, 0.1  # costs of a semitone's change, and of a change of voicing
-QUIET = 0.02  # frames that are quieter than the loudest one by this factor are unvoiced
 
 
 def missing_packages() -> str:
@@ -27,59 +22,6 @@ def missing_packages() -> str:
 
 
 # --- pitch
-
-def best_path(scores: np.ndarray) -> np.ndarray:
-    """The best candidate of each frame, or -1 for unvoiced, by Viterbi's algorithm. Scores are (frames, candidates)."""
-    n = scores.shape[1]
-    steps = np.abs(np.arange(n)[:, None] - np.arange(n)) * (SEMITONES[1] - SEMITONES[0])
-    states = np.full((n + 1, n + 1), -SWITCH)  # from, to; the last state is unvoiced
-    states[:n, :n], states[n, n] = -np.minimum(JUMP * steps, 1), 0
-    scores = np.pad(scores, ((0, 0), (0, 1)), constant_values=UNVOICED)
-    total, back = scores[0], []
-    for frame in scores[1:]:
-        reached = total[:, None] + states
-        back.append(reached.argmax(axis=0))
-        total = reached.max(axis=0) + frame
-    path = [total.argmax()]
-    for origin in back[::-1]:
-        path.append(origin[path[-1]])
-    path = np.array(path[::-1])
-    return np.where(path == n, -1, path)
-
-
-def pitch(wav: np.ndarray, cfg: Config) -> np.ndarray:
-    """The fundamental frequency (frames,) in Hz of a wav (samples,), one for each log-mel frame; NaN where it is unvoiced.
-
-    A candidate's score is the correlation of the spectrum, in square roots of amplitudes, with a cosine that peaks at the
-    candidate's harmonics and is lowest halfway between them, as in SWIPE (Camacho and Harris, JASA 2008). The spectrum's
-    phases do not count, because Griffin-Lim's are rough: methods on the waveform lose most of the pitch of its copies
-    of a low voice. The second of two passes looks only around the first one's median, against errors of an octave (De Looze
-    and Hirst, Speech Prosody 2008).
-    """
-    from librosa import stft  # here, because librosa loads slowly
-    window = 2 ** round(np.log2(WINDOW * cfg.sample_rate))  # samples
-    bins = np.arange(window // 2 + 1) * cfg.sample_rate / window
-    bins = bins[bins < HIGHEST]
-    frequencies = 60 * 2 ** (SEMITONES / 12)
-    harmonic = bins / frequencies[:, None]  # (candidates, bins): the bin's place among the candidate's harmonics
-    kernel = np.where((harmonic > 0.25) & (harmonic < HARMONICS + 0.5), np.cos(2 * np.pi * harmonic), 0)
-    kernel *= np.where(harmonic < 0.75, 0.5, 1) / np.sqrt(np.maximum(harmonic, 0.5))
-    kernel /= np.linalg.norm(kernel, axis=1, keepdims=True)
-    amplitudes = np.abs(stft(wav, n_fft=window, hop_length=cfg.hop_length))[:len(bins), :len(wav) // cfg.hop_length].T
-    loudness = np.linalg.norm(amplitudes, axis=1, keepdims=True)
-    roots = np.sqrt(amplitudes)
-    scores = roots @ kernel.T / np.maximum(np.linalg.norm(roots, axis=1, keepdims=True), 1e-9)
-    scores = np.where(loudness > max(QUIET * loudness.max(initial=0), 1e-3), scores, 0)
-    if not len(scores):
-        return np.zeros(0)
-    path = best_path(scores)
-    if (path >= 0).any():
-        middle = np.median(frequencies[path[path >= 0]])
-        near = np.flatnonzero((frequencies > 0.55 * middle) & (frequencies < 1.9 * middle))
-        path = best_path(scores[:, near])
-        frequencies = frequencies[near]
-    return np.where(path >= 0, frequencies[path], np.nan)
-
 
 def pitch_figures(f0: np.ndarray) -> dict:
     """Mean of a pitch in Hz, and its spread, the standard deviation in semitones; None if no frame is voiced."""

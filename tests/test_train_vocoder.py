@@ -38,19 +38,31 @@ def test_a_corpus_keeps_the_recordings_asked_for(corpus):
     assert np.abs(mel - opened.mel(3)).mean() < 0.02  # 16 bits
 
 
-def test_training_brings_the_magnitudes_nearer_to_the_recordings(corpus, monkeypatch):
-    monkeypatch.setattr(train_vocoder, "STEPS", 60)
+def test_training_brings_pitch_and_magnitudes_nearer_to_the_recordings(corpus, monkeypatch):
+    monkeypatch.setattr(train_vocoder, "STEPS", 80)
     monkeypatch.setattr(train_vocoder, "WIDTH", 32)
     seed = torch.random.get_rng_state()
     path = train_vocoder.train_on_recordings(str(corpus), CFG)
     assert torch.equal(seed, torch.random.get_rng_state())
     assert path == vocoder.find_learned(Config(data_dir=str(corpus), out_dir="/none"))
     net = vocoder.load_learned(path, "cpu", CFG)
-    wav = audio.read_wav(str(corpus / RECORDINGS / "u22.wav"), CFG.sample_rate)  # not trained on
-    mel, target = audio.log_mel(wav, CFG)[None], audio.magnitudes(wav, CFG).T[None].clamp(min=vocoder.QUIET).log()
-    plain = vocoder.Magnitudes(CFG, 8, 1)
-    errors = [(made(mel) - target).abs().mean().item() for made in (net, plain)]
+    recording = train_vocoder.read_recordings(corpus / RECORDINGS, ["u22"], CFG)["u22"]  # not trained on
+    log_mel, target, f0, voiced = (x[None] for x in recording[:4])
+    plain = vocoder.SourceFilter(CFG, 8, 2)
+    errors = [(made.log_magnitudes(log_mel, f0, voiced) - target).abs().mean().item() for made in (net, plain)]
     assert errors[0] < 0.9 * errors[1]
+    heard, heard_voiced = net.pitch(log_mel)
+    assert (heard_voiced == voiced).float().mean() > 0.8
+    both = voiced & heard_voiced
+    assert (12 * (heard / f0)[both].log2()).abs().median() < 2  # semitones; the voice moves over 12
+
+
+def test_what_is_read_from_a_recording(corpus):
+    recording = train_vocoder.read_recordings(corpus / RECORDINGS, ["u3"], CFG)["u3"]
+    opened = Corpus(corpus, CFG)
+    assert len({len(x) for x in recording[:4]}) == 1 and recording.own is None
+    assert np.abs(recording.log_mel.numpy() - opened.mel(3)).mean() < 0.02
+    assert 0.3 < recording.voiced.float().mean() < 0.95 and recording.f0.isfinite().all() and (recording.f0 > 50).all()
 
 
 def test_a_voice_gets_a_vocoder_of_its_own(corpus, monkeypatch, tmp_path):

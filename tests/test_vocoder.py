@@ -21,6 +21,7 @@ import vocoder
 from common import UserError
 from config import AUDIO_FIELDS, Config
 from espeak import espeak_wav
+from pitch import pitch
 
 CFG = Config()
 HOP = CFG.hop_length
@@ -185,15 +186,69 @@ def test_a_damaged_config_of_bigvgan_is_refused(tmp_path):
 def random_net(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = vocoder.Magnitudes(CFG, 16, 2)
-        torch.nn.init.normal_(net.out.weight, std=0.05)
+        net = vocoder.SourceFilter(CFG, 16, 2)
+        for part in (net.to_pitch, net.to_magnitudes):
+            torch.nn.init.normal_(part.out.weight, std=0.05)
+    return net
+
+
+def knowing(f0: torch.Tensor, cfg: Config) -> vocoder.SourceFilter:
+    """An untrained network that is told the pitch (T,), 0 where there is none. Its magnitudes are the pseudo-inverse."""
+    net = vocoder.SourceFilter(cfg, 16, 2).requires_grad_(False)
+    net.pitch = lambda log_mel: (f0.clamp(min=60)[None], f0[None] > 0)
     return net
 
 
 def test_an_untrained_network_is_the_pseudo_inverse(speech):
-    mel, net = audio.log_mel(speech, CFG), vocoder.Magnitudes(CFG, 16, 1)
-    made = net(mel[None])[0].exp()
+    mel, net = audio.log_mel(speech, CFG), vocoder.SourceFilter(CFG, 16, 2)
+    made = net.log_magnitudes(mel[None], torch.full((1, len(mel)), 100.0), torch.ones(1, len(mel), dtype=torch.bool))[0].exp()
     torch.testing.assert_close(made, vocoder.pseudo_inverse(mel, CFG).clamp(min=vocoder.QUIET))
+
+
+@given(st.integers(1, 12), st.sampled_from([(1024, 256, 1024), (1024, 300, 900), (512, 128, 401), (2048, 512, 2048)]))
+@settings(max_examples=12)
+def test_frames_and_overlap_add_give_a_sound_back(frames, sizes):
+    net = vocoder.SourceFilter(Config(**dict(zip(("n_fft", "hop_length", "win_length"), sizes))), 8, 2)
+    wav = torch.randn(2, frames * sizes[1])
+    weight = net.overlap_add((net.window ** 2).expand(1, frames, -1))
+    torch.testing.assert_close(net.overlap_add(net.frames(wav) * net.window) / weight, wav, rtol=1e-4, atol=1e-4)
+
+
+def test_the_frames_lie_where_those_of_the_log_mel_lie(speech):
+    wav = torch.from_numpy(speech)[:len(speech) // HOP * HOP]
+    spectra = torch.fft.rfft(vocoder.SourceFilter(CFG, 8, 2).frames(wav[None]))[0].abs()
+    magnitudes = audio.magnitudes(wav.numpy(), CFG).T
+    torch.testing.assert_close(spectra[2:-2], magnitudes[2:-2], rtol=1e-3, atol=1e-3)  # log_mel reflects the ends
+
+
+@given(st.floats(60, 500), st.integers(8, 40))
+@settings(max_examples=20)
+def test_the_pulses_lie_a_period_apart_between_samples_too(hertz, frames):
+    pulses = vocoder.SourceFilter(CFG, 8, 2).source(torch.full((1, frames), hertz))[0]
+    at = torch.nonzero(pulses)[:, 0]
+    first = torch.cat([torch.ones(1, dtype=torch.bool), at.diff() > 1])  # of a pulse's two samples
+    groups = first.cumsum(0) - 1
+    weight = torch.zeros(int(groups.max()) + 1).index_add(0, groups, pulses[at])
+    place = torch.zeros(len(weight)).index_add(0, groups, pulses[at] * at) / weight
+    torch.testing.assert_close(weight, torch.ones_like(weight), rtol=0, atol=1e-3)
+    torch.testing.assert_close(place.diff(), torch.full((len(place) - 1,), CFG.sample_rate / hertz), rtol=0, atol=0.05)
+    assert abs(pulses.sum() - frames * HOP * hertz / CFG.sample_rate) <= 1
+
+
+@pytest.mark.slow  # librosa loads slowly
+@pytest.mark.parametrize("name", ["", "bigvgan44k"])
+def test_speech_has_the_pitch_and_the_log_mel_that_it_was_made_from(name):
+    cfg = config_of(name) if name else CFG
+    wav = espeak_wav(TEXT, cfg.sample_rate)
+    mel, f0 = audio.log_mel(wav, cfg), np.nan_to_num(pitch(wav, cfg))
+    made = knowing(torch.from_numpy(f0).float(), cfg)(mel[None])[0].numpy()
+    assert made.shape == (len(mel) * cfg.hop_length,) and made.dtype == np.float32
+    again = np.nan_to_num(pitch(made, cfg))
+    both = (f0 > 0) & (again > 0)
+    assert both.mean() > 0.8 * (f0 > 0).mean() and np.median(np.abs(np.log2(again[both] / f0[both]))) < 0.01
+    copy = audio.log_mel(made, cfg)
+    errors = {lag: (copy[5 + lag:len(mel) - 5 + lag] - mel[5:-5]).abs().mean().item() for lag in (-1, 0, 1)}
+    assert errors[0] < 0.45 and errors[0] < 0.8 * min(errors[-1], errors[1])
 
 
 def test_a_learned_vocoder_is_saved_in_half_precision_and_gives_the_same_sound(tmp_path, speech):
@@ -204,10 +259,12 @@ def test_a_learned_vocoder_is_saved_in_half_precision_and_gives_the_same_sound(t
     vocode = vocoder.load_vocoder(cfg, "cpu")
     wav = vocode(mel)
     assert wav.dtype == np.float32 and wav.shape == (len(mel) * HOP,) and np.array_equal(wav, vocode(mel))
-    with torch.no_grad():
-        magnitudes = net(mel[None])[0].exp()
     loaded = vocoder.load_learned(tmp_path / vocoder.LEARNED, "cpu", cfg)
-    torch.testing.assert_close(loaded(mel[None])[0].exp(), magnitudes, rtol=0.02, atol=1e-4)
+    with torch.no_grad():
+        f0, voiced = net.pitch(mel[None])
+        expected, made = (n.log_magnitudes(mel[None], f0, voiced) for n in (net, loaded))
+    torch.testing.assert_close(made.exp(), expected.exp(), rtol=0.02, atol=1e-4)
+    torch.testing.assert_close(loaded.pitch(mel[None])[0], f0, rtol=0.01, atol=0)
     assert not np.allclose(wav, vocoder.griffin_lim(mel, CFG), atol=1e-3)
 
 
