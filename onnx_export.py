@@ -9,7 +9,6 @@ vocoder.onnx turns a log-mel into sound. The loop is in speak_onnx.py, which is 
 import functools
 import json
 import logging
-import math
 import warnings
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from torch import nn
 from torch.export import Dim
 
 from common import UserError, replacing
-from config import Config
 from model import TTS
 from text_encoder import byte_tokens
 from vocoder import LEARNED, find_learned, load_learned
@@ -100,10 +98,11 @@ def graphs(model: TTS) -> dict[str, tuple]:
     of_decoder = {"x": torch.zeros(B, T, cfg.n_mels), "t": torch.full((B,), 0.5), "text": text, "share": share,
                   "mel_lengths": mel_lengths, "token_lengths": token_lengths, "no_text": torch.tensor([False, True, False])}
     batch, tokens, frames = ("batch",), ("batch", "tokens"), ("batch", "frames")
+    vocoder = load_learned(find_learned(cfg), "cpu", cfg)
     return {
         "text": (Graph(read_text, model), of_text, [tokens, batch], ["text", "seconds", "share"]),
         "decoder": (Graph(velocity, model), of_decoder, [frames, batch, tokens, tokens, batch, batch, batch], ["velocity"]),
-        "vocoder": (load_learned(find_learned(cfg), "cpu", cfg), {"log_mel": torch.zeros(B, T, cfg.n_mels)}, [frames], ["wav"]),
+        "vocoder": (vocoder, {"log_mel": torch.zeros(B, T, cfg.n_mels)}, [frames], ["wav"]),
     }
 
 

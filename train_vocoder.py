@@ -78,9 +78,9 @@ class Recording(NamedTuple):
 def train(net: SourceFilter, recordings: list[Recording], steps: int) -> float:
     """Train a network on recordings. Returns its mean loss of the magnitudes.
 
-    Half of each batch has the voice's own log-mels, if there are any. A quarter of each batch is blurred. The magnitudes are
-    made from the recording's own pitch, so they need not average over pitches where a log-mel does not show it clearly. Their
-    loss is the mean absolute error of their logarithms and of their square roots; that of the pitch is the cross-entropy.
+    Half of each batch has the voice's own log-mels, if there are any, and a quarter is blurred. The magnitudes are told the
+    recording's pitch, so they need not average over pitches where a log-mel does not show it clearly. Their loss is the mean
+    absolute error of their logarithms and of their square roots; that of the pitch is the cross-entropy.
     """
     rng, losses = np.random.default_rng(0), []
     recordings = [recording for recording in recordings if len(recording.f0) > FRAMES]
@@ -168,7 +168,8 @@ def train_on_voice(ckpt: str, recordings: Path | None = None) -> Path:
         own = own_log_mels(model, corpus, [ids[i] for i in found], cfg.seed)
         net = load_learned(learned, "cpu", cfg).requires_grad_(True).train()
         loss = train(net, [recording._replace(own=own[ids[i]]) for i, recording in found.items()], STEPS // 2)
-    save_learned(net, folder / LEARNED, recordings=len(found), steps=STEPS // 2, loss=round(loss, 4), voice_step=trained["step"])
+    facts = {"recordings": len(found), "steps": STEPS // 2, "loss": round(loss, 4), "voice_step": trained["step"]}
+    save_learned(net, folder / LEARNED, **facts)
     tell(f"{folder / LEARNED}: learned from {len(found)} recordings and the voice in {time.time() - start:.0f} s; "
          f"mean loss {loss:.3f}")
     return folder / LEARNED

@@ -170,12 +170,12 @@ class SourceFilter(nn.Module):
         return self.to_pitch(scaled(log_mels))
 
     def pitch(self, log_mels):
-        """log_mels (B, T, n_mels) -> the pitch in Hz (B, T), a guess where the frame is unvoiced, and voiced (B, T), bool."""
-        p = self.pitch_logits(log_mels).softmax(dim=-1)
-        candidates, unvoiced = p[..., :-1], p[..., -1]
-        place = torch.arange(candidates.shape[-1], device=p.device)
-        near = candidates * ((place - candidates.argmax(dim=-1, keepdim=True)).abs() <= NEAR)
-        return ((near @ self.log_candidates) / near.sum(dim=-1)).exp(), unvoiced < 0.5
+        """log_mels (B, T, n_mels) -> the pitch in Hz (B, T), a guess where there is none, and voiced (B, T), bool."""
+        logits = self.pitch_logits(log_mels)
+        p = logits[..., :-1].softmax(dim=-1)  # not of all, where these could all be zero beside a sure unvoiced
+        place = torch.arange(p.shape[-1], device=p.device)
+        near = p * ((place - p.argmax(dim=-1, keepdim=True)).abs() <= NEAR)
+        return ((near @ self.log_candidates) / near.sum(dim=-1)).exp(), logits.softmax(dim=-1)[..., -1] < 0.5
 
     def log_magnitudes(self, log_mels, f0, voiced):
         """log_mels (B, T, n_mels), their pitch f0 (B, T) in Hz and voiced (B, T), bool -> log magnitudes (B, T, bins).

@@ -12,18 +12,14 @@ import onnx
 import pytest
 import soundfile
 import torch
-from test_audio import TEXT
 from test_house import ROOT
 from test_model import BASELINE, small_model
 
-import audio
 import onnx_export
 import sample
 import speak_onnx
 import vocoder
 from common import UserError
-from config import Config
-from espeak import espeak_wav
 from eval import bench_onnx
 
 pytestmark = pytest.mark.slow  # the exporter takes seconds

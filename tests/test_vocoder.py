@@ -251,6 +251,20 @@ def test_speech_has_the_pitch_and_the_log_mel_that_it_was_made_from(name):
     assert errors[0] < 0.45 and errors[0] < 0.8 * min(errors[-1], errors[1])
 
 
+@given(st.integers(1, 5), st.floats(audio.LOG_MEL_FLOOR, 2), st.sampled_from([-1e3, 0.0, 1e3]))
+@settings(max_examples=12)
+def test_the_learned_vocoder_takes_a_few_frames_however_sure_it_is(frames, level, bias):
+    """With a sure unvoiced the pitch was 0 / 0, and all that followed was silent or broken."""
+    net = random_net()
+    net.to_pitch.out.bias.data[-1] = bias
+    log_mel = torch.full((1, frames, CFG.n_mels), level)
+    with torch.no_grad():
+        f0, voiced = net.pitch(log_mel)
+        wav = net(log_mel)
+    assert wav.shape == (1, frames * HOP) and wav.isfinite().all()
+    assert ((59 < f0) & (f0 < 510)).all() and (bias == 0 or (voiced == (bias < 0)).all())
+
+
 def test_a_learned_vocoder_is_saved_in_half_precision_and_gives_the_same_sound(tmp_path, speech):
     mel, net = audio.log_mel(speech, CFG), random_net()
     cfg = Config(out_dir=str(tmp_path))
