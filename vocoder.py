@@ -219,12 +219,13 @@ class SourceFilter(nn.Module):
         magnitudes = self.log_magnitudes(log_mel, f0, voiced).exp()
         pulses = self.source(f0)
         noise = self.noise[torch.arange(pulses.shape[1], device=f0.device) % NOISE][None]
-        spectra = torch.fft.rfft(torch.where(voiced[..., None], self.frames(pulses), self.frames(noise)))
+        frames = torch.where(voiced[..., None], self.frames(pulses), self.frames(noise))
         weight = self.overlap_add((self.window ** 2).expand(1, log_mel.shape[1], -1)).clamp(min=1e-3)
         for _ in range(2):  # the second time with phases on which neighbouring frames agree
+            spectra = torch.fft.rfft(frames)
             spectra = spectra * (magnitudes / spectra.abs().clamp(min=1e-6))
             wav = self.overlap_add(torch.fft.irfft(spectra) * self.window) / weight
-            spectra = torch.fft.rfft(self.frames(wav))
+            frames = self.frames(wav)
         return wav
 
 
