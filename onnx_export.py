@@ -160,7 +160,7 @@ def export_onnx(model: TTS, step: int, folder: str, characters: str = "") -> Non
                         "expected one that reads bytes: random, or a ByT5")
     if not find_learned(model.cfg):
         raise UserError(f"--onnx needs the voice's learned vocoder, but {model.cfg.out_dir} has no {LEARNED}; make it with "
-                        "train_vocoder.py --ckpt, which takes two minutes and the recordings")
+                        "train_vocoder.py --ckpt, which takes some minutes and the recordings")
     if Path(folder).exists():
         raise UserError(f"{folder} exists already; name another folder to export to, or delete it")
     cfg = model.cfg
