@@ -154,7 +154,7 @@ class SourceFilter(nn.Module):
 
     def __init__(self, cfg: Config, width: int, blocks: int):
         super().__init__()
-        self.cfg, self.width, bins = cfg, width, cfg.n_fft // 2 + 1
+        self.cfg, bins = cfg, cfg.n_fft // 2 + 1
         self.to_pitch = Convolutions(cfg.n_mels, width // 2, blocks // 2, len(CANDIDATES) + 1)  # the last one: unvoiced
         self.to_magnitudes = Convolutions(cfg.n_mels + 2, width, blocks, 3 * bins)
         margin = cfg.n_fft - cfg.win_length
@@ -232,7 +232,7 @@ class SourceFilter(nn.Module):
 def save_learned(net: SourceFilter, path, **facts) -> None:
     """Write the network in half precision, with its sizes, its log-mel's fields and `facts` about its training."""
     about = {k: getattr(net.cfg, k) for k in AUDIO_FIELDS} | facts
-    about |= {"width": net.width, "blocks": len(net.to_magnitudes.blocks)}
+    about |= {"width": net.to_magnitudes.out.in_features, "blocks": len(net.to_magnitudes.blocks)}
     weights = {k: v.half() for k, v in net.state_dict().items()}
     with replacing(Path(path)) as tmp:
         tmp.write_bytes(safetensors.torch.save(weights, {"about": json.dumps(about)}))
@@ -243,8 +243,8 @@ def load_learned(path, device, cfg: Config) -> SourceFilter:
     if path is None:
         raise UserError(f"no learned vocoder ({LEARNED}) in {cfg.out_dir} or {cfg.data_dir}; train it with "
                         "train_vocoder.py, or use the griffinlim vocoder")
-    damaged = UserError(f"{path} is not a learned vocoder, or it is damaged; train it again with train_vocoder.py, or use "
-                        "the griffinlim vocoder")
+    damaged = UserError(f"{path} is not a learned vocoder, or it is damaged or of an earlier version; train it again with "
+                        "train_vocoder.py, or use the griffinlim vocoder")
     try:
         with safetensors.safe_open(path, "pt") as f:
             about, weights = json.loads(f.metadata()["about"]), {k: f.get_tensor(k).float() for k in f.keys()}
