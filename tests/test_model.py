@@ -16,7 +16,7 @@ from common import UserError
 from config import Config
 from corpus import Corpus
 from data import TrainingSteps
-from model import TTS, Decoder, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
+from model import TTS, Decoder, RMSNorm, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
 from sample import read_texts, sample
 from text_encoder import byte_tokens
 
@@ -150,6 +150,25 @@ def test_a_new_decoder_predicts_its_bias_and_a_new_duration_is_plausible(predict
     torch.testing.assert_close(x - 0.4 * velocity if predicts == "mel" else velocity, model.decoder.out.bias.expand(1, 9, 80))
     _, log_seconds, _, lengths = read(model, "A sentence of fifty bytes or so takes three seconds")
     torch.testing.assert_close(log_seconds.exp(), 0.06 * lengths.float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_the_fast_rmsnorm_equals_torchs(gain):
+    fast, slow = RMSNorm(24, elementwise_affine=gain), torch.nn.RMSNorm(24, elementwise_affine=gain)
+    x, weights = torch.randn(3, 5, 2, 24).transpose(1, 2), torch.randn(3, 2, 5, 24)
+    x[0, 0, 0] = 0
+    results = []
+    for norm in (fast, slow):
+        if gain:
+            torch.nn.init.constant_(norm.weight, 1.7)
+        own = x.clone().requires_grad_()
+        y = norm(own)
+        (y * weights).sum().backward()
+        results.append([y, own.grad, *(p.grad for p in norm.parameters())])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), slow(x), rtol=0, atol=0)
 
 
 @given(st.integers(1, 40), st.floats(0, 5), st.floats(-3, 3))
