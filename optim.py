@@ -7,14 +7,11 @@ import torch
 
 from config import Config
 
-# Odd quintic polynomials, applied in turn. Three map singular values in [0.02, 1] to 1 ± 0.1, four those in [0.005, 1]. Each
-# has the smallest maximal error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). They were
-# found by linear programming on a grid. A matrix divided by its norm has singular values around 1 / sqrt(rows), so a larger
-# one needs four. The usual five quintics end between 0.7 and 1.1 and gave no better speech (records/README.md).
+# Odd quintic polynomials, applied in turn, that map singular values in [0.005, 1] to 1 ± 0.1. Each has the smallest maximal
+# error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). They were found by linear programming
+# on a grid. Half of an update's singular values are below 0.006, so fewer polynomials learn more slowly (docs/recipe.md).
 # The polynomials explode beyond 1, and rounding to bfloat16 can take a matrix of rank 1 there. MARGIN keeps all below 1.
-QUINTICS = {3: ((7.711, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.594, 0.4107)),
-            4: ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978),
-                (2.1895, -1.5672, 0.4079))}
+QUINTICS = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978), (2.1895, -1.5672, 0.4079))
 MARGIN = 1.02
 
 
@@ -23,16 +20,15 @@ def orthogonalise(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.
     (Newton-Schulz). Returns float32.
     """
     x = (x / (MARGIN * x.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)).to(dtype)
-    quintics = QUINTICS[3 if x.shape[1] <= 256 else 4]
     if dtype == torch.bfloat16:
-        for a, b, c in quintics:
+        for a, b, c in QUINTICS:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.float()
     # Each step multiplies x by a polynomial in its gram matrix. Their product needs small matrices only, and x just once at
     # the start and once at the end. Wide matrices take two thirds of the time. bfloat16 is too coarse for this.
     gram, product = x @ x.mT, None
-    for a, b, c in quintics:
+    for a, b, c in QUINTICS:
         if product is not None:
             gram = step @ gram @ step
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
