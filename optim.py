@@ -8,9 +8,9 @@ import torch
 from config import Config
 
 # Odd quintic polynomials, applied in turn, that map singular values in [0.005, 1] to 1 ± 0.1. Each has the smallest maximal
-# error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). They were found by linear programming
-# on a grid. Half of an update's singular values are below 0.006, so fewer polynomials learn more slowly (docs/recipe.md).
-# The polynomials explode beyond 1, and rounding to bfloat16 can take a matrix of rank 1 there. MARGIN keeps all below 1.
+# error on the range that the one before leaves, as in Polar Express (arXiv 2505.16932). Linear programming on a grid found
+# them. Half of an update's singular values are below 0.006, so fewer polynomials learn more slowly (docs/recipe.md). The
+# polynomials explode beyond 1, and rounding to bfloat16 can take a matrix of rank 1 there. MARGIN keeps all below 1.
 QUINTICS = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978), (2.1895, -1.5672, 0.4079))
 MARGIN = 1.02
 
@@ -27,9 +27,9 @@ def orthogonalise(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.
         return x.float()
     # Each step multiplies x by a polynomial in its gram matrix. Their product needs small matrices only, and x just once at
     # the start and once at the end. Wide matrices take two thirds of the time. bfloat16 is too coarse for this.
-    gram, product = x @ x.mT, None
+    gram, step, product = x @ x.mT, None, None
     for a, b, c in QUINTICS:
-        if product is not None:
+        if step is not None:
             gram = step @ gram @ step
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal(dim1=1, dim2=2).add_(a)
