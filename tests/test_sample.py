@@ -162,6 +162,7 @@ def test_a_text_becomes_a_wav(model, checkpoint, tmp_path, capsys):
     (["--file", "latin1.txt", "--out", "x"], "cannot read latin1.txt: .* expected UTF-8"),
     (["--text", "caf\udce9", "--out", "x.wav"], "is not UTF-8"), (["--text", "…", "--out", "x.wav"], "nothing to say"),
     (["--text", "…", "--out", "x.wav", "--seconds", "1"], "nothing to say"), (["--text", "a", "--out", "lines.txt/x.wav"], "cannot write"),
+    (["--text", "a", "--out", "x.flac"], "--out x.flac: expected a name that ends in .wav"),
     (["--ckpt", "none.pt", "--text", "a", "--out", "x.wav"], "no checkpoint")])
 def test_mistakes_are_refused_and_leave_no_file(checkpoint, tmp_path, monkeypatch, flags, complaint):
     monkeypatch.chdir(tmp_path)
