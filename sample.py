@@ -225,7 +225,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.out is None and args.export is None:
         raise UserError("expected --out, to speak; or --export DIR, to write a folder to share; or --serve")
     if args.out is not None and args.file is None and Path(args.out).suffix.lower() not in ("", ".wav"):
-        raise UserError(f"--out {args.out}: expected a name that ends in .wav, because 16-bit wav is the only format written")
+        raise UserError(f"--out {args.out}: expected a name that ends in .wav, because only 16-bit wav is written")
     if args.onnx and args.export is None:
         raise UserError("--onnx without --export: expected --export DIR --onnx")
     if args.num_samples < 1 or (args.out == "-" and (args.num_samples > 1 or args.file is not None or args.plot == "")):

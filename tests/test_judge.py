@@ -1,5 +1,6 @@
 """Judges: counting errors, listening, loading. Training the ctc judge is tested with the demo corpus."""
 import dataclasses
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import whisper
 from common import UserError
 from config import Config
 from eval import ctc
-from eval.judge import WhisperJudge, choose_judge, edit_counts, listen, load_judge
+from eval.judge import LOOP, WhisperJudge, choose_judge, edit_counts, listen, load_judge
 
 CFG = Config(eval_judge="ctc")
 
@@ -44,10 +45,24 @@ def test_whisper_keeps_its_timestamps():
 
     def transcribe(wav, **options):
         asked.update(options)
-        return {"text": " a text "}
+        return {"text": " a text ", "segments": []}
     judge.model.transcribe, judge.language = transcribe, {}
     assert judge.transcribe([np.zeros(22050, np.float32)], CFG) == ["a text"]
     assert not asked.get("without_timestamps") and asked["temperature"] == 0 and not asked["condition_on_previous_text"]
+
+
+def test_whisper_leaves_a_loop():
+    """An untrained Whisper repeats itself at temperature 0. At a higher one it does not, and says the same each time."""
+    judge = WhisperJudge.__new__(WhisperJudge)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge.model = whisper.model.Whisper(whisper.model.ModelDimensions(80, 1500, 8, 1, 1, 51864, 100, 8, 1, 1)).eval()
+        torch.nn.init.normal_(judge.model.decoder.positional_embedding)  # Whisper leaves it as the memory was
+        judge.language, wavs = {}, [np.random.default_rng(0).uniform(-0.1, 0.1, 16000).astype(np.float32)]
+    loop = judge.model.transcribe(wavs[0], temperature=0.0, fp16=False)
+    assert max(segment["compression_ratio"] for segment in loop["segments"]) > LOOP
+    heard, again = (judge.transcribe(wavs, dataclasses.replace(CFG, sample_rate=16000)) for _ in range(2))
+    assert heard == again and len(zlib.compress(heard[0].encode())) * LOOP >= len(heard[0].encode()) > 0
 
 
 def test_whisper_is_asked_for_the_language(tmp_path):
@@ -58,7 +73,7 @@ def test_whisper_is_asked_for_the_language(tmp_path):
         torch.save({"dims": vars(model.dims), "model_state_dict": model.state_dict()}, tmp_path / name)
     italian = WhisperJudge(str(tmp_path / "many.pt"), "cpu", "it")
     asked = {}
-    italian.model.transcribe = lambda wav, **options: asked.update(options) or {"text": ""}
+    italian.model.transcribe = lambda wav, **options: asked.update(options) or {"text": "", "segments": []}
     italian.transcribe([np.zeros(22050, np.float32)], CFG)
     assert asked["language"] == "it" and italian.name.endswith(" it")
     assert italian.normalise(" Premi 1, però. ") == "premi 1 però"
