@@ -60,6 +60,30 @@ def test_muon_steps_as_torchs_does(monkeypatch):
         torch.testing.assert_close(p, q, rtol=0, atol=0.01)  # a step changes a weight by 0.02
 
 
+def test_muon_orthogonalises_each_head_alone():
+    """The parts of queries, keys, values and outputs that belong to one head move as if they were matrices of their own."""
+    model = small_model(width=64, heads=4)
+    muon, _ = make_optimizers(model, model.cfg)
+    attention = model.decoder.blocks[0].cross
+    for n, p in enumerate(model.parameters()):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
+    weights = attention.q.weight, attention.kv.weight, attention.out.weight
+
+    def parts(matrices):
+        q, kv, out = matrices
+        return [part.clone() for matrix in (q, kv, out.T) for part in matrix.split(16)]
+    before, grads = parts([w.detach() for w in weights]), parts([w.grad for w in weights])
+    alone = [torch.nn.Parameter(part.clone()) for part in before]
+    for p, grad in zip(alone, grads):
+        p.grad = grad
+    for optimizer in (muon, Muon(alone, model.cfg.learning_rate, model.cfg.weight_decay, model.cfg.muon_momentum)):
+        optimizer.step()
+    assert len(before) == 16
+    for found, was, expected in zip(parts([w.detach() for w in weights]), before, alone):
+        torch.testing.assert_close(found, expected.detach())
+        assert (found - was).abs().mean() > 1e-5
+
+
 @pytest.mark.parametrize("shape", [(16, 48), (192, 192), (192, 512), (256, 300), (257, 300)])
 def test_orthogonalised_matrices_have_singular_values_near_1(shape):
     rng, m = torch.Generator().manual_seed(sum(shape)), shape[0]
