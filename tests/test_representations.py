@@ -126,7 +126,7 @@ def test_the_page_plays_at_the_rate(run):
 def test_whisper_hears_the_same_tone_at_its_own_rate(run, monkeypatch):
     folder, cfg, _ = run
     judge, heard = WhisperJudge(str(folder / "whisper.pt"), "cpu"), []
-    monkeypatch.setattr(judge.model, "transcribe", lambda wav, **_: heard.append(wav) or {"text": ""})
+    monkeypatch.setattr(judge.model, "transcribe", lambda wav, **_: heard.append(wav) or {"text": "", "segments": []})
     judge.transcribe([np.sin(2 * np.pi * 1000 * np.arange(cfg.sample_rate) / cfg.sample_rate).astype(np.float32)], cfg)
     spectrum = np.abs(np.fft.rfft(heard[0]))  # of one second: a bin is a hertz
     assert len(heard[0]) == WHISPER_RATE and spectrum.argmax() == 1000
