@@ -15,7 +15,7 @@ from config import Config, load_yaml
 from eval.ctc import fingerprint, load_ctc_judge
 
 WHISPER_RATE = 16000  # Hz, of Whisper's input
-LOOP = 2.4  # a text that gzip makes this many times smaller repeats itself (Whisper's own threshold)
+LOOP = 2.4  # a text that zlib makes more than this many times smaller repeats itself (Whisper's own threshold)
 
 
 class WhisperJudge:
@@ -63,7 +63,8 @@ class WhisperJudge:
         """The likeliest text. Only where Whisper falls into a loop ("push the push, push the push, …"), it is asked again at
         higher temperatures, as its authors do (arXiv 2212.04356, 4.5): one loop of 168 words cost 100 sentences 23 points.
         """
-        with torch.random.fork_rng():
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the default is all GPUs, also other ranks'
             torch.manual_seed(0)
             for temperature in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
                 result = self.model.transcribe(wav, temperature=temperature, **options, **self.language)
