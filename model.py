@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from align import allot_positions, search_alignment, shares
-from common import UserError, run_cli
+from common import UserError, multiplies_bfloat16, run_cli
 from config import Config, load_config
 from text_encoder import load_text_encoder, load_tokeniser
 
@@ -20,6 +20,7 @@ TIME_FREQUENCIES = 128
 SECONDS_PER_TOKEN = 0.06  # the duration predictor's initial value: about right for English, where a token is a byte
 NEIGHBOURS = 2  # tokens on either side that a text block sees
 LEAST_TIME = 0.3  # the loss weighs an error of the predicted mel with 1 / t^2, and at smaller times as at this one
+SHAPES = 8  # on a CPU in bfloat16, batches are padded to multiples of so many positions and tokens
 DIAGONAL = 1.0  # weight of the prior towards a straight alignment, which dominates until the model has learned something
 
 
@@ -28,6 +29,11 @@ def multiple_of_32(x: float) -> int:
 
 
 # --- parts of the decoder
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """A bfloat16 x in float32 on a CPU, where bfloat16 is fast in products of matrices only; any other x as it is."""
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+
 
 class RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm without gain of x (…, D) float32, with few passes over memory. It has no second derivative.
@@ -98,15 +104,16 @@ class Attention(nn.Module):
         The weights (B, H, T, S) are appended to `attention_maps` if it is given.
         """
         B, T, D = x.shape
-        q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D / H)
-        k, v = self.kv(context).view(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q = widened(self.q(x)).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D / H)
+        k, v = widened(self.kv(context)).view(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.qk_norm(q), q_rotation), rotate(self.qk_norm(k), k_rotation)
         if self.sharpness is not None:
             q = q * self.sharpness.to(q.dtype)
         if attention_maps is not None:  # the fused kernel does not return its weights, so compute them a second time
             scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
             attention_maps.append(scores.masked_fill(~mask, float("-inf")).softmax(-1))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -215,7 +222,7 @@ class Decoder(nn.Module):
         frequencies = 10000.0 ** (-torch.arange(TIME_FREQUENCIES, device=t.device) / TIME_FREQUENCIES)
         angles = 1000 * t[:, None] * frequencies
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))  # (B, D)
-        x = self.inp(x)
+        x = widened(self.inp(x))
         if cfg.time_conditioning == "adaln":
             time = self.modulation(F.silu(time)).view(B, 6, -1)
         else:
@@ -233,10 +240,22 @@ class Decoder(nn.Module):
 
 # --- the whole model
 
-def autocast(cfg: Config, device: torch.device):
-    """torch's autocast for cfg.dtype: bfloat16 matrix products if it is bfloat16, or auto on a GPU."""
-    return torch.autocast(device.type, torch.bfloat16,
-                          enabled=cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda"))
+def autocast(cfg: Config, device: torch.device, training: bool = False):
+    """torch's autocast for cfg.dtype: matrix products in bfloat16, or all in float32."""
+    fast = device.type == "cuda" or (training and multiplies_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and fast))
+
+
+def of_few_shapes(batch: dict, patch: int) -> dict:
+    """A batch for training, padded to multiples of SHAPES positions and tokens, where a CPU multiplies in bfloat16.
+
+    oneDNN, which does that, compiles code for each new shape of matrices.
+    """
+    if batch["mel"].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return batch
+    frames, tokens = -batch["mel"].shape[1] % (patch * SHAPES), -batch["tokens"].shape[1] % SHAPES
+    return batch | {"mel": F.pad(batch["mel"], (0, 0, 0, frames)), "noise": F.pad(batch["noise"], (0, 0, 0, frames)),
+                    "tokens": F.pad(batch["tokens"], (0, tokens))}
 
 
 class TTS(nn.Module):
@@ -273,7 +292,7 @@ class TTS(nn.Module):
         mask = length_mask(token_lengths, tokens.shape[1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cfg.train_text_encoder):
             features = self.text_encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        text = self.text_proj(features)
+        text = widened(self.text_proj(features))
         for block in self.text_blocks:
             text = block(text, mask)
         return text
@@ -348,7 +367,8 @@ class TTS(nn.Module):
         Sums over this batch are divided by batch["frames"] and batch["utterances"], if these are there: the counts of the
         whole step, over all ranks and accumulation steps. Then the losses of the parts add up to the step's mean.
         """
-        cfg, mel_lengths, token_lengths = self.cfg, batch["mel_lengths"], batch["token_lengths"]
+        cfg, batch = self.cfg, of_few_shapes(batch, self.cfg.patch)
+        mel_lengths, token_lengths = batch["mel_lengths"], batch["token_lengths"]
         frames, utterances = batch.get("frames", mel_lengths.sum()), batch.get("utterances", len(mel_lengths))
         text = self.encode(batch["tokens"], token_lengths)
         log_seconds, log_share = self.durations(text, token_lengths)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from common import multiplies_bfloat16
 from config import Config
 
 # Odd quintic polynomials, applied in turn, that map singular values in [0.005, 1] to 1 ± 0.1. Each has the smallest maximal
@@ -37,24 +38,19 @@ def orthogonalise(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.
     return product @ x
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has units for products in bfloat16: GPUs, and CPUs with AMX. Other CPUs are slower than in float32,
-    also those with AVX-512 BF16: three to four times (batches of 256 x 256, torch 2.13, an Intel Xeon).
-    """
-    return device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalised update (Jordan et al. 2024), for matrices only.
 
     The update is scaled to AdamW's RMS (arXiv 2502.16982), so that the learning rates of both have the same scale.
     torch.optim.Muon processes the matrices one by one and in bfloat16. A CPU without bfloat16 instructions emulates that,
-    which made a step twenty times slower. This one batches matrices of equal shape, and uses float32 on most CPUs.
+    which made a step twenty times slower. This one batches matrices of equal shape, and uses float32 on most CPUs, or
+    everywhere if it is `exact`.
     A group with `split` = (size, dim) orthogonalises blocks of its matrices, cut like torch.split, each one alone.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, exact: bool = False):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "split": None})
+        self.exact = exact
 
     @torch.no_grad()
     def step(self):
@@ -75,8 +71,9 @@ class Muon(torch.optim.Optimizer):
                 wide += [block.T if tall else block for block in blocks]
                 owners.append((p, len(blocks), dim, tall, group["lr"]))
         for (_, longer), (wide, owners) in shapes.items():
-            dtype = torch.bfloat16 if multiplies_bfloat16(wide[0].device) else torch.float32
-            wide = orthogonalise(torch.stack(wide), dtype).split([count for _, count, *_ in owners])
+            fast = not self.exact and multiplies_bfloat16(wide[0].device)
+            wide = orthogonalise(torch.stack(wide), torch.bfloat16 if fast else torch.float32)
+            wide = wide.split([count for _, count, *_ in owners])
             for blocks, (p, _, dim, tall, lr) in zip(wide, owners):
                 p.add_(torch.cat(list(blocks.mT if tall else blocks), dim), alpha=-lr * 0.2 * longer**0.5)
 
@@ -100,7 +97,7 @@ def make_optimizers(model, cfg: Config) -> list[torch.optim.Optimizer]:
     others = [p for p in trained.values() if p not in {*inside, *decaying}]
     groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     fused = {"fused": True} if next(model.parameters()).is_cuda else {}
-    return [Muon(muon, cfg.learning_rate, cfg.weight_decay, cfg.muon_momentum),
+    return [Muon(muon, cfg.learning_rate, cfg.weight_decay, cfg.muon_momentum, exact=cfg.dtype == "float32"),
             torch.optim.AdamW(groups, lr=cfg.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, **fused)]
 
 

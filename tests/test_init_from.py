@@ -29,7 +29,7 @@ from optim import make_optimizers, start_ema
 
 SHAPED = dict(layers=1, patch=2, rope_gamma=20.0, predicts="velocity")  # none of them is the default
 SHORT = ("--effective_batch_size 8 --batch_size 8 --log_interval 1 --val_interval 0 --eval_interval 0 --checkpoint_interval 2 "
-         "--lr_decay constant --no_wandb").split()
+         "--lr_decay constant --no_wandb --dtype float32").split()
 
 
 def make_voice(out, **changes):

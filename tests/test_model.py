@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
@@ -16,7 +17,7 @@ from common import UserError
 from config import Config
 from corpus import Corpus
 from data import TrainingSteps
-from model import TTS, Decoder, RMSNorm, decoder_flops_per_frame, load_tts, parameter_table, rotary, rotate
+from model import TTS, Decoder, RMSNorm, decoder_flops_per_frame, load_tts, of_few_shapes, parameter_table, rotary, rotate
 from sample import read_texts, sample
 from text_encoder import byte_tokens
 
@@ -293,6 +294,40 @@ def test_the_features_of_a_token_sum_their_gradients_in_float32():
             if node.name() == "GatherBackward0":
                 gathers.append(node._input_metadata[0].dtype)
     assert gathers == [torch.float32] * 2  # token_features and token_mel
+
+
+def test_bfloat16_on_a_cpu_multiplies_matrices_only(monkeypatch):
+    """Norms, attention and what the blocks add up stay in float32, where a CPU is faster and exact."""
+    model, batch = small_model(patch=2), batch_of([20, 31, 26], ["a cat", "two dogs", "x"])
+    exact, attend, products, wide = model(batch)["loss"], F.scaled_dot_product_attention, [], []
+
+    def watched(*args, **kwargs):
+        wide.append(attend(*args, **kwargs))
+        return wide[-1]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model.decoder.register_forward_pre_hook(lambda module, args: wide.clear())  # the text encoder has attention too
+    for block in model.decoder.blocks:
+        block.register_forward_hook(lambda module, args, out: wide.append(out))
+        block.mlp.up.register_forward_hook(lambda module, args, out: products.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch)["loss"]
+    assert [x.dtype for x in products] == 2 * [torch.bfloat16]
+    assert [x.dtype for x in wide] == 6 * [torch.float32]  # per block two attentions and its sum
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01) and loss.item() != exact.item()
+
+
+def test_few_shapes_of_batches_in_bfloat16_and_the_same_loss():
+    """Padding changes no loss. Without bfloat16, and on other devices, nothing is padded."""
+    model, batch = small_model(patch=2), batch_of([20, 31, 26], ["a cat", "two dogs", "x"])
+    assert of_few_shapes(batch, 2) is batch
+    with torch.autocast("cpu", torch.bfloat16):
+        padded = of_few_shapes(batch, 2)
+        elsewhere = {k: v.to("meta") for k, v in batch.items()}
+        assert of_few_shapes(elsewhere, 2) is elsewhere
+    assert padded["mel"].shape == padded["noise"].shape == (3, 32, 80) and padded["tokens"].shape == (3, 16)
+    found, expected = model(padded), model(batch)
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss, rtol=1e-5, atol=1e-6)
 
 
 def test_the_vector_for_no_text_is_as_large_as_a_token():

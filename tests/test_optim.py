@@ -148,17 +148,20 @@ def test_averaged_weights_are_used_inside_the_block_only():
     assert model.training and torch.equal(model.no_text.data, trained) and torch.equal(ema["no_text"], average)
 
 
-def test_muon_computes_in_bfloat16_only_where_that_has_units(monkeypatch):
-    """Elsewhere bfloat16 is emulated and slow. Both paths end near each other."""
+def test_muon_computes_in_bfloat16_only_where_that_is_faster(monkeypatch):
+    """Elsewhere bfloat16 is emulated or slow. Both paths end near each other."""
     steps = {}
-    for amx in (False, True, None):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {} if amx is None else {"amx_bf16": amx})
+    for has, fast in (({}, False), ({"amx_bf16": False}, False), ({"amx_bf16": True}, True),
+                      ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+                      ({"avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R) Processor"}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
         seen = []
         monkeypatch.setattr(optim, "orthogonalise", lambda x, dtype, seen=seen: seen.append(dtype) or orthogonalise(x, dtype))
         w = torch.nn.Parameter(torch.zeros(24, 40))
         w.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(3))
         optim.Muon([w], lr=1.0).step()
-        assert seen == [torch.bfloat16 if amx else torch.float32]
-        steps[amx] = w.detach().clone()
-    assert torch.equal(steps[False], steps[None])
+        assert seen == [torch.bfloat16 if fast else torch.float32]
+        assert torch.equal(steps.setdefault(fast, w.detach().clone()), w)
+        optim.Muon([w], lr=1.0, exact=True).step()
+        assert seen[1:] == [torch.float32]
     assert (steps[True] - steps[False]).abs().mean() < 0.02 * steps[False].abs().mean()
