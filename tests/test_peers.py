@@ -27,7 +27,9 @@ def test_a_batch_is_padded_normalised_and_complete(sizes):
     mels = [rng.normal(-5, 2, (frames, 80)).astype(np.float16) for frames, _ in sizes]
     tokens = [list(rng.integers(1, 178, count)) for _, count in sizes]
     batch = matcha_tts.make_batch(mels, tokens, cfg)
-    assert batch["y"].shape[2] % 4 == 0 and batch["y"].shape[2] - max(map(len, mels)) < 4 and batch["x"].dtype == torch.int64
+    for length, longest in ((batch["y"].shape[2], max(map(len, mels))), (batch["x"].shape[1], max(map(len, tokens)))):
+        assert length % 16 == 0 and 0 <= length - longest < 16
+    assert batch["x"].dtype == torch.int64
     assert batch["y_lengths"].tolist() == [len(mel) for mel in mels] and batch["x_lengths"].tolist() == [len(ids) for ids in tokens]
     for x, y, mel, ids in zip(batch["x"], batch["y"], mels, tokens):
         assert x[:len(ids)].tolist() == ids and not x[len(ids):].any() and not y[:, len(mel):].any()

@@ -30,6 +30,7 @@ from distributed import Ranks
 from eval.judge import choose_judge
 from eval.measures import markdown
 from metric import Metrics, provenance
+from model import autocast
 from text_encoder import byte_tokens
 
 # The published defaults. The package on PyPI has no config files
@@ -42,7 +43,7 @@ DECODER = dict(channels=[256, 256], dropout=0.05, attention_head_dim=64, n_block
 FLOW = dict(name="CFM", solver="euler", sigma_min=1e-4)
 BATCH_SIZE, GRAD_CLIP = 32, 5.0
 SAMPLER = dict(eval_steps=10, eval_temperature=0.667, eval_cfg_scale=1.0)  # no guidance
-FRAMES_MULTIPLE = 4  # the decoder is a U-Net that halves the frames twice
+MULTIPLE = 16  # of frames: the decoder, a U-Net, halves them twice. Of frames and tokens: bfloat16 needs few shapes on a CPU
 LOSSES = ("duration_loss", "prior_loss", "flow_loss")  # in the order in which the model returns them
 
 
@@ -92,11 +93,12 @@ def load_peer(mel_mean: float, mel_std: float) -> Peer:
 def make_batch(mels: list[np.ndarray], tokens: list[list[int]], cfg: Config) -> dict[str, torch.Tensor]:
     """Log-mels (frames, n_mels) and token ids of utterances as the arguments of Matcha-TTS.
 
-    x is (B, tokens). y is (B, n_mels, frames) and normalised; its frames are a multiple of 4. Zero beyond each length.
+    x is (B, tokens). y is (B, n_mels, frames) and normalised. Both are multiples of 16 long, and zero beyond each length.
     """
     y = padded([audio.normalise(mel.astype(np.float32), cfg) for mel in mels])
-    y = torch.nn.functional.pad(y.transpose(1, 2), (0, -y.shape[1] % FRAMES_MULTIPLE))
-    return {"x": padded([np.array(ids, dtype=np.int64) for ids in tokens]), "y": y.contiguous(),
+    y = torch.nn.functional.pad(y.transpose(1, 2), (0, -y.shape[1] % MULTIPLE))
+    x = padded([np.array(ids, dtype=np.int64) for ids in tokens])
+    return {"x": torch.nn.functional.pad(x, (0, -x.shape[1] % MULTIPLE)), "y": y.contiguous(),
             "x_lengths": torch.tensor([len(ids) for ids in tokens]), "y_lengths": torch.tensor([len(mel) for mel in mels])}
 
 
@@ -112,11 +114,18 @@ def training_batches(corpus: Corpus, cfg: Config, tokens):
 
 def train(peer: Peer, batches, prompts: list, cfg: Config, lr: float, marks: list[float], metrics: Metrics,
           ranks: Ranks) -> None:
-    """Train until each of `marks` (minutes); save and evaluate the model there. Raises UserError if it diverges."""
+    """Train until each of `marks` (minutes); save and evaluate the model there. Raises UserError if it diverges.
+
+    Its two networks train in the type in which ours does (model.autocast). What is around them, the alignment search and the
+    losses, stays in float32, and so do evaluations.
+    """
     optimizer, out = torch.optim.Adam(peer.net.parameters(), lr=lr), Path(cfg.out_dir)
+    networks = (peer.net.encoder, peer.net.decoder.estimator)
     step, train_seconds = 0, 0.0
     for mark in marks:
         peer.net.train()
+        for net in networks:
+            net.forward = autocast(cfg, ranks.device, training=True)(net.forward)
         while train_seconds < mark * 60:
             start = time.time()
             batch = next(batches)
@@ -137,6 +146,8 @@ def train(peer: Peer, batches, prompts: list, cfg: Config, lr: float, marks: lis
             if step % 10 == 0:
                 tell(f"step {step} | " + " | ".join(f"{name[6:]} {value:.4f}" for name, value in values.items())
                      + f" | grad {norm:.2f} | {took:.2f} s/step | {train_seconds / 60:.1f} of {marks[-1]:g} min")
+        for net in networks:
+            del net.forward  # the class's own again
         with replacing(numbered_checkpoint(out, step)) as tmp:
             torch.save({"net": peer.net.state_dict(), "step": step, "train_seconds": train_seconds, "lr": lr}, tmp)
         link_checkpoint(numbered_checkpoint(out, step), out / "latest.pt")
