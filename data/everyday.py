@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, run_cli
+from normalise import DIGITS, cardinal, ordinal
 
 TRAIN, VAL, TEST = 9000, 200, 200
 # Shares of the kinds of utterances in train, and how many of val and of test
@@ -22,11 +23,6 @@ KINDS = {"single": (0.01, 0), "short": (0.032, 8), "list": (0.1, 10), "pattern":
 UNSEEN = 0.1  # the share of val's and test's words that occur in no training text
 CHARACTERS_A_SECOND = 17.5  # of Piper's "joe"
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
-            "twelve": "twelfth"}
 TITLES = {"Dr.": "Doctor", "Mr.": "Mister", "Mrs.": "Missus", "Ms.": "Miz", "Prof.": "Professor"}
 UNITS = {"kg": "kilograms", "cm": "centimeters", "ft": "feet", "ml": "milliliters", "lbs": "pounds"}
 UNITS_OF = {"amount": ["kg", "lbs"], "volume": ["ml"], "length": ["cm", "ft"]}
@@ -35,14 +31,7 @@ UNITS_OF = {"amount": ["kg", "lbs"], "volume": ["ml"], "length": ["cm", "ft"]}
 
 
 def spell(n: int) -> str:
-    """A number below a million in words."""
-    if n < 20:
-        return ONES[n]
-    if n < 100:
-        return TENS[n // 10 - 2] + (f"-{ONES[n % 10]}" if n % 10 else "")
-    for size, name in ((1000, "thousand"), (100, "hundred")):
-        if n >= size:
-            return f"{spell(n // size)} {name}" + (f" {spell(n % size)}" if n % size else "")
+    return cardinal(str(n))
 
 
 def spell_pairs(n: int) -> str:
@@ -50,13 +39,7 @@ def spell_pairs(n: int) -> str:
     if n % 1000 < 10:
         return spell(n)
     left, right = divmod(n, 100)
-    return f"{spell(left)} " + ("hundred" if not right else f"oh {ONES[right]}" if right < 10 else spell(right))
-
-
-def spell_ordinal(n: int) -> str:
-    """The ordinal number of 1 to 99 in words."""
-    start, last = re.fullmatch(r"(.*-)?(\w+)", spell(n)).groups()
-    return (start or "") + ORDINALS.get(last, re.sub("y$", "ie", last) + "th")
+    return f"{spell(left)} " + ("hundred" if not right else f"oh {DIGITS[right]}" if right < 10 else spell(right))
 
 
 def written_ordinal(n: int) -> str:
@@ -65,7 +48,7 @@ def written_ordinal(n: int) -> str:
 
 def say_time(rng) -> tuple[str, str]:
     hour, minute = rng.integers(1, 13), 5 * rng.integers(12)
-    spoken = f"{spell(hour)} " + ("o'clock" if not minute else f"oh {ONES[minute]}" if minute < 10 else spell(minute))
+    spoken = f"{spell(hour)} " + ("o'clock" if not minute else f"oh {DIGITS[minute]}" if minute < 10 else spell(minute))
     if minute and rng.random() < 0.3:
         half = rng.choice(["a.m", "p.m"])
         return f"{hour}:{minute:02d} {half}", f"{spoken} {half}"
@@ -91,10 +74,10 @@ def number(name: str, rng, lists) -> tuple[str, str] | None:
     digits = rng.integers(0, 10, 7).tolist()
     many = int(rng.integers(2, 1000))
     if name == "ordinal":
-        return written_ordinal(n), spell_ordinal(n)
+        return written_ordinal(n), ordinal(n)
     if name == "date":
         month, n = rng.choice(lists["month"]), min(n, 28)
-        return f"{month} {written_ordinal(n) if rng.random() < 0.5 else n}", f"{month} {spell_ordinal(n)}"
+        return f"{month} {written_ordinal(n) if rng.random() < 0.5 else n}", f"{month} {ordinal(n)}"
     if name == "year":
         year = int(rng.integers(1850, 2026))
         return str(year), spell_pairs(year)
@@ -105,11 +88,11 @@ def number(name: str, rng, lists) -> tuple[str, str] | None:
         return f"{street} St.", f"{street} Street"
     if name == "phone":
         return ("555 " + "".join(map(str, digits[3:])),
-                "five five five, " + " ".join(ONES[d] for d in digits[3:]))
+                "five five five, " + " ".join(DIGITS[d] for d in digits[3:]))
     if name == "code":
-        return " ".join(map(str, digits[:4])), " ".join(ONES[d] for d in digits[:4])
+        return " ".join(map(str, digits[:4])), " ".join(DIGITS[d] for d in digits[:4])
     if name == "decimal":
-        return f"{n}.{digits[0]}", f"{spell(n)} point {ONES[digits[0]]}"
+        return f"{n}.{digits[0]}", f"{spell(n)} point {DIGITS[digits[0]]}"
     if name in UNITS_OF:
         unit = rng.choice(UNITS_OF[name])
         return f"{n} {unit}", f"{spell(n)} {UNITS[unit]}"
@@ -300,7 +283,7 @@ def short_pairs(rng) -> list[tuple[str, str]]:
     found += [(f"The letter {letter}.",) * 2 for letter in ALPHABET]
     found += [(", ".join(rng.choice(list(ALPHABET), n)) + ".",) * 2 for n in (2, 3, 3, 3, 4, 4) * 6]
     found += [(f"Number {n}.", f"Number {spell(n)}.") for n in range(1, 13)]
-    found += [(", ".join(map(str, d)) + ".", ", ".join(ONES[n] for n in d) + ".") for d in rng.integers(0, 10, (16, 3))]
+    found += [(", ".join(map(str, d)) + ".", ", ".join(DIGITS[n] for n in d) + ".") for d in rng.integers(0, 10, (16, 3))]
     found += [(f"{spell(n).capitalize()}.",) * 2 for n in range(13)]
     order = dict.fromkeys(map(tuple, found))
     return [list(order)[n] for n in rng.permutation(len(order))]
