@@ -315,6 +315,16 @@ def test_a_dropout_that_you_add_resumes_exactly_too(demo_corpus, tmp_path, monke
 
 
 @slow
+def test_bfloat16_resumes_exactly_too(demo_corpus, tmp_path):
+    flags = ("--dtype", "bfloat16", "--lr_decay", "constant", "--val_interval", 0)
+    whole = run(demo_corpus, tmp_path / "whole", *flags, "--max_steps", 6)
+    run(demo_corpus, tmp_path / "parts", *flags, "--max_steps", 3)
+    assert_same(run(demo_corpus, tmp_path / "parts", *flags, "--max_steps", 6, "--resume", "latest"), whole)
+    with pytest.raises(AssertionError):  # so the type does make a difference
+        assert_same(run(demo_corpus, tmp_path / "float32", *flags[2:], "--max_steps", 6), whole)
+
+
+@slow
 def test_a_run_killed_after_an_old_checkpoint_drops_the_later_lines(demo_corpus, undisturbed, tmp_path):
     out = shutil.copytree(undisturbed[0], tmp_path / "run")
     os.replace(out / "ckpt_step_00000004.pt", out / "latest.pt")
