@@ -1,4 +1,6 @@
 """The pitch (fundamental frequency, F0) of a recording, frame by frame."""
+import functools
+
 import numpy as np
 
 from config import Config
@@ -38,37 +40,41 @@ def between(path: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return middle + (0.5 * (left - right) / np.minimum(left - 2 * top + right, -1e-9)).clip(-1, 1)
 
 
+@functools.lru_cache
+def harmonic_kernel(window: int, sample_rate: int) -> np.ndarray:
+    """Cosines (candidates, bins) that peak at each candidate's harmonics, over the bins of a spectrum below HIGHEST."""
+    bins = np.arange(window // 2 + 1) * sample_rate / window
+    harmonic = bins[bins < HIGHEST] / CANDIDATES[:, None]  # the bin's place among the candidate's harmonics
+    kernel = np.where((harmonic > 0.25) & (harmonic < HARMONICS + 0.5), np.cos(2 * np.pi * harmonic), 0)
+    kernel *= np.where(harmonic < 0.75, 0.5, 1) / np.sqrt(np.maximum(harmonic, 0.5))
+    return kernel / np.linalg.norm(kernel, axis=1, keepdims=True)
+
+
 def pitch(wav: np.ndarray, cfg: Config) -> np.ndarray:
     """The fundamental frequency (frames,) in Hz of a wav (samples,), one for each log-mel frame; NaN where it is unvoiced.
 
     A candidate's score is the correlation of the spectrum, in square roots of amplitudes, with a cosine that peaks at the
     candidate's harmonics and is lowest halfway between them, as in SWIPE (Camacho and Harris, JASA 2008). The spectrum's
     phases do not count, because Griffin-Lim's are rough: methods on the waveform lose most of the pitch of its copies
-    of a low voice. The second of two passes looks only around the first one's median, against errors of an octave (De Looze
-    and Hirst, Speech Prosody 2008).
+    of a low voice. The path is sought around the median of the frames' best candidates, against errors of an octave (after
+    De Looze and Hirst, Speech Prosody 2008).
     """
     from librosa import stft  # here, because librosa loads slowly
     window = 2 ** round(np.log2(WINDOW * cfg.sample_rate))  # samples
-    bins = np.arange(window // 2 + 1) * cfg.sample_rate / window
-    bins = bins[bins < HIGHEST]
-    harmonic = bins / CANDIDATES[:, None]  # (candidates, bins): the bin's place among the candidate's harmonics
-    kernel = np.where((harmonic > 0.25) & (harmonic < HARMONICS + 0.5), np.cos(2 * np.pi * harmonic), 0)
-    kernel *= np.where(harmonic < 0.75, 0.5, 1) / np.sqrt(np.maximum(harmonic, 0.5))
-    kernel /= np.linalg.norm(kernel, axis=1, keepdims=True)
+    kernel = harmonic_kernel(window, cfg.sample_rate)
     centred = np.pad(wav, (0, cfg.hop_length))[cfg.hop_length // 2:]  # log_mel's frames lie half a hop later than librosa's
     amplitudes = np.abs(stft(centred, n_fft=window, hop_length=cfg.hop_length))
-    amplitudes = amplitudes[:len(bins), :len(wav) // cfg.hop_length].T
+    amplitudes = amplitudes[:kernel.shape[1], :len(wav) // cfg.hop_length].T
     loudness = np.linalg.norm(amplitudes, axis=1, keepdims=True)
     roots = np.sqrt(amplitudes)
     scores = roots @ kernel.T / np.maximum(np.linalg.norm(roots, axis=1, keepdims=True), 1e-9)
     scores = np.where(loudness > max(QUIET * loudness.max(initial=0), 1e-3), scores, 0)
-    if not len(scores):
-        return np.zeros(0)
-    first, path = 0, best_path(scores)
-    if (path >= 0).any():
-        middle = np.median(CANDIDATES[path[path >= 0]])
-        near = np.flatnonzero((CANDIDATES > 0.55 * middle) & (CANDIDATES < 1.9 * middle))
-        first, scores = near[0], scores[:, near]
-        path = best_path(scores)
-    peaks = CANDIDATES[0] * 2 ** ((first + between(path, scores)) * (SEMITONES[1] - SEMITONES[0]) / 12)
+    voiced = scores.max(axis=1) > UNVOICED
+    if not voiced.any():
+        return np.full(len(scores), np.nan)
+    middle = np.median(CANDIDATES[scores.argmax(axis=1)[voiced]])
+    near = np.flatnonzero((CANDIDATES > 0.55 * middle) & (CANDIDATES < 1.9 * middle))
+    scores = scores[:, near]
+    path = best_path(scores)
+    peaks = CANDIDATES[0] * 2 ** ((near[0] + between(path, scores)) * (SEMITONES[1] - SEMITONES[0]) / 12)
     return np.where(path >= 0, peaks, np.nan)
