@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio import hann, mel_inverse
-from common import UserError, replacing
+from common import UserError, multiplies_bfloat16, replacing
 from config import AUDIO_FIELDS, Config
 from pitch import CANDIDATES
 
@@ -140,8 +140,9 @@ class Convolutions(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        """x (B, T, inputs) -> (B, T, outputs)."""
-        return self.out(self.norm(self.blocks(self.inp(x.mT).mT)))
+        """x (B, T, inputs) -> (B, T, outputs), float32. Its products are in bfloat16 in training, where a CPU is faster so."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training and multiplies_bfloat16(x.device)):
+            return self.out(self.norm(self.blocks(self.inp(x.mT).mT))).float()
 
 
 class SourceFilter(nn.Module):

@@ -266,7 +266,7 @@ def test_the_learned_vocoder_takes_a_few_frames_however_sure_it_is(frames, level
 
 
 def test_a_learned_vocoder_is_saved_in_half_precision_and_gives_the_same_sound(tmp_path, speech):
-    mel, net = audio.log_mel(speech, CFG), random_net()
+    mel, net = audio.log_mel(speech, CFG), random_net().eval()
     cfg = Config(out_dir=str(tmp_path))
     vocoder.save_learned(net, tmp_path / vocoder.LEARNED, recordings=3)
     assert (tmp_path / vocoder.LEARNED).stat().st_size < 2.2 * sum(p.numel() for p in net.parameters())
