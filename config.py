@@ -31,7 +31,7 @@ class Config:
     init_from: str = ""
     gpus: int = 0  # number of this machine's GPUs to train on, one rank each; 0: train on the CPU
     nproc: int = 1  # number of CPU ranks (gloo) when gpus is 0
-    # Of matrix products. auto: bfloat16 on CUDA, and for training on CPUs that are faster in it; else float32
+    # Of matrix products. auto: bfloat16 on CUDA, and on CPUs that are faster in it; else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  # torch.compile the decoder
 

@@ -109,11 +109,11 @@ class Attention(nn.Module):
         q, k = rotate(self.qk_norm(q), q_rotation), rotate(self.qk_norm(k), k_rotation)
         if self.sharpness is not None:
             q = q * self.sharpness.to(q.dtype)
-        if attention_maps is not None:  # the fused kernel does not return its weights, so compute them a second time
-            scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
-            attention_maps.append(scores.masked_fill(~mask, float("-inf")).softmax(-1))
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            if attention_maps is not None:  # the fused kernel does not return its weights, so compute them a second time
+                scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
+                attention_maps.append(scores.masked_fill(~mask, float("-inf")).softmax(-1))
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -240,10 +240,10 @@ class Decoder(nn.Module):
 
 # --- the whole model
 
-def autocast(cfg: Config, device: torch.device, training: bool = False):
+def autocast(cfg: Config, device: torch.device):
     """torch's autocast for cfg.dtype: matrix products in bfloat16, or all in float32."""
-    fast = device.type == "cuda" or (training and multiplies_bfloat16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and fast))
+    fast = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and multiplies_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def of_few_shapes(batch: dict, patch: int) -> dict:

@@ -82,7 +82,7 @@ def backward(model, batches: list[dict], cfg: Config, ranks: Ranks) -> torch.Ten
         batch = {k: v.to(ranks.device, non_blocking=True) for k, v in batch.items()}
         if ranks.world > 1:
             model.require_backward_grad_sync = micro == len(batches) - 1
-        with autocast(cfg, ranks.device, training=True):
+        with autocast(cfg, ranks.device):
             losses = model(batch)
         (losses["loss"] * ranks.world).backward()  # DDP takes the mean over ranks, but the step's loss is their sum
         sums += torch.stack([losses[name].detach() for name in LOSSES])

@@ -56,7 +56,7 @@ class Bench:
         for batch in batches:
             batch = {k: v.to(self.device) for k, v in batch.items()}
             self.mark()
-            with autocast(self.cfg, self.device, training=True):
+            with autocast(self.cfg, self.device):
                 text = self.model.encode(batch["tokens"], batch["token_lengths"])
                 self.mark("text")
                 if self.cfg.alignment_search:

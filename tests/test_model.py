@@ -22,7 +22,8 @@ from sample import read_texts, sample
 from text_encoder import byte_tokens
 
 SMALL = dict(text_encoder_name="random", train_text_encoder=True, text_encoder_width=32, text_encoder_heads=2,
-             text_encoder_layers=1, width=32, layers=2, heads=2, mel_mean=-5.0, mel_std=2.0, effective_batch_size=4, batch_size=4)
+             text_encoder_layers=1, width=32, layers=2, heads=2, mel_mean=-5.0, mel_std=2.0, effective_batch_size=4, batch_size=4,
+             dtype="float32")  # the same on every CPU
 BASELINE = dict(text_blocks=0, alignment_search=False, time_conditioning="additive", cross_rope="absolute", self_rope=False,
                 qk_norm=False, zero_init=False, predicts="velocity")
 RECIPES = {"default": {}, "baseline": BASELINE, "normalised": dict(cross_rope="normalized"), "patches": dict(patch=2),

@@ -76,7 +76,7 @@ def test_muon_orthogonalises_each_head_alone():
     alone = [torch.nn.Parameter(part.clone()) for part in before]
     for p, grad in zip(alone, grads):
         p.grad = grad
-    for optimizer in (muon, Muon(alone, model.cfg.learning_rate, model.cfg.weight_decay, model.cfg.muon_momentum)):
+    for optimizer in (muon, Muon(alone, model.cfg.learning_rate, model.cfg.weight_decay, model.cfg.muon_momentum, exact=True)):
         optimizer.step()
     assert len(before) == 16
     for found, was, expected in zip(parts([w.detach() for w in weights]), before, alone):

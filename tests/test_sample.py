@@ -106,6 +106,16 @@ def test_attention_maps_come_in_the_order_of_the_texts(patched):
         np.testing.assert_allclose(attention_map.sum(axis=1), 1, atol=1e-4)  # no weight on padding
 
 
+def test_bfloat16_speaks_nearly_as_float32_does(patched):
+    """Also with attention maps, which are for numpy, so in float32."""
+    maps, fast = [], copy.deepcopy(patched)
+    fast.cfg.dtype = "bfloat16"
+    in_bfloat16 = sample(fast, TEXTS, steps=2, seconds=1.0, attention_maps=maps)
+    for mel, fast_mel, of_text in zip(sample(patched, TEXTS, steps=2, seconds=1.0), in_bfloat16, maps, strict=True):
+        assert 0 < (mel - fast_mel).abs().mean() < 0.05 * mel.std() and len(of_text) == 43
+        np.testing.assert_allclose(of_text.sum(axis=1), 1, atol=1e-4)
+
+
 def test_seeds_and_durations(model):
     a, b = (sample(model, ["hello"], steps=2, seed=s)[0] for s in (0, 1))
     assert a.shape == b.shape and not torch.equal(a, b)

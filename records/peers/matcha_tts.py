@@ -125,7 +125,7 @@ def train(peer: Peer, batches, prompts: list, cfg: Config, lr: float, marks: lis
     for mark in marks:
         peer.net.train()
         for net in networks:
-            net.forward = autocast(cfg, ranks.device, training=True)(net.forward)
+            net.forward = autocast(cfg, ranks.device)(net.forward)
         while train_seconds < mark * 60:
             start = time.time()
             batch = next(batches)
