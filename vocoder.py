@@ -140,7 +140,7 @@ class Convolutions(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        """x (B, T, inputs) -> (B, T, outputs), float32. Its products are in bfloat16 in training, where a CPU is faster so."""
+        """x (B, T, inputs) -> (B, T, outputs), float32. In training, products are in bfloat16 where a CPU is faster so."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training and multiplies_bfloat16(x.device)):
             return self.out(self.norm(self.blocks(self.inp(x.mT).mT))).float()
 
