@@ -5,7 +5,8 @@
     python evaluator.py --compare /tmp/onnx/torch /tmp/onnx/int8         # errors, with the interval of the difference
 
 All three speak each line in turn, with the same noise. --threads N uses N cores, 1 by default. With 1 the times are CPU
-time, which other programs disturb little. Config fields are flags, such as --eval_steps 8. Needs onnxruntime and onnxscript.
+time, which other programs disturb little. Config fields are flags, such as --eval_steps 8. torch speaks in float32, as the
+graphs do. Needs onnxruntime and onnxscript.
 """
 import argparse
 import dataclasses
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> None:
     model, ckpt = load_checkpoint(args.ckpt, "cpu")
     flags = {"eval_prompts": "eval/prompts.txt", "eval_num_samples": "128"} | split_flags(flags)
     cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
-    cfg.eval_judge = choose_judge(cfg, torch.device("cpu"))
+    cfg.dtype, cfg.eval_judge = "float32", choose_judge(cfg, torch.device("cpu"))  # the graphs are in float32
     prompts = load_prompts(cfg, model.tokenise, characters=ckpt.get("characters", ""))
     options = {name: getattr(cfg, f"eval_{name}") for name in ("steps", "cfg_scale", "temperature")} | {"seed": cfg.seed}
     clock = time.process_time if threads == 1 else time.perf_counter

@@ -174,9 +174,11 @@ def test_a_long_text_is_cut_at_spaces_into_parts_that_fit(voice):
 def test_the_bench_compares_torch_onnx_and_int8(checkpoint, folder, tmp_path, capsys):
     (tmp_path / "lines.txt").write_text("Who are you?\nHello.\n")
     bench_onnx.main(["--ckpt", checkpoint, "--onnx", folder, "--eval_judge", "none", "--eval_prompts", str(tmp_path / "lines.txt"),
-                     "--eval_steps", "1", "--out_dir", str(tmp_path)])
+                     "--eval_steps", "1", "--dtype", "bfloat16", "--out_dir", str(tmp_path)])
     assert sample.text_noise is not bench_onnx.script_noise  # only while the bench speaks
     lines = capsys.readouterr().out.splitlines()
+    difference, = (line for line in lines if "largest difference" in line)
+    assert float(difference.split("median line ")[1]) < 1e-3  # a voice in bfloat16 is compared in float32 too
     assert [line.split(" |")[0] for line in lines[-3:]] == ["| torch", "| onnx", "| int8"]
     assert all(len(list((tmp_path / name).glob("*.wav"))) == 2 for name in ("torch", "onnx", "int8"))
 
