@@ -247,7 +247,7 @@ def autocast(cfg: Config, device: torch.device):
 
 
 def of_few_shapes(batch: dict, patch: int) -> dict:
-    """A batch for training, padded to multiples of SHAPES positions and tokens, where a CPU multiplies in bfloat16.
+    """A batch, padded to multiples of SHAPES positions and tokens, where a CPU multiplies in bfloat16.
 
     oneDNN, which does that, compiles code for each new shape of matrices.
     """

@@ -83,7 +83,7 @@ def sample(model: TTS, texts: list[str], steps: int = 16, cfg_scale: float = 1.5
     """The texts as log-mels, each (frames, n_mels) float32 on the CPU.
 
     Each text lasts `seconds`, or its predicted duration divided by `speed`, and at most cfg.block_size frames. Texts of
-    similar duration share a batch; the result for a text does not depend on its batch. Guidance w = `cfg_scale` uses the
+    similar duration share a batch, on which a text's result depends by rounding only. Guidance w = `cfg_scale` uses the
     velocity without + w (with - without), with and without text (arXiv 2207.12598). `temperature` scales the noise at the
     start (Grad-TTS, arXiv 2105.06337): below 1 speech is cleaner and less varied. If a list is given as `attention_maps`,
     the cross-attention (positions, tokens) of each text's clearest head at the middle step is appended to it. `desc` is the
