@@ -279,7 +279,7 @@ def english_words(file: str) -> list[list[str]]:
 
 
 def lexicon() -> dict[str, list[str]]:
-    """Words of English by part of speech, from the lexicon of Brill's tagger, whose stem occurs in WordNet's texts."""
+    """The words of Brill's lexicon for each slot of TAGS, if three entries of WordNet or more contain their stem."""
     stems = collections.Counter(stem(word) for line in wordnet_lines("data.*")
                                 for word in set(words_of(line.split("| ", 1)[-1])))
     words = {name: [] for name in TAGS.values()}
@@ -290,7 +290,7 @@ def lexicon() -> dict[str, list[str]]:
 
 
 def mixed_pairs(count: int, rng, forms: list[str], words: dict[str, list[str]]) -> list[tuple[str, str]]:
-    """`count` texts that fill the slots of `forms` with unrelated words, the last of `words` first."""
+    """`count` texts: the slots of `forms`, filled with unrelated words. It takes the last words of each list first."""
     stock, found = {name: list(items) for name, items in words.items()}, []
 
     def pop(slot):
@@ -353,12 +353,13 @@ def everyday_lines(seed: int) -> list[tuple[str, str, str]]:
         train.extend(usable[k] for k in chosen)
     for kind in list(pool):
         take(kind)
-    # words that these texts lack, the more frequent ones last, which are used first
+    # The words that these texts lack. Frequent ones come last, because mixed_pairs takes the last ones first.
     seen = {word for written, _ in train for word in words_of(written)} | held_out
     new = {name: sorted((word for word in rng.permutation(words).tolist() if word not in seen), key=frequent.__contains__)
            for name, words in lexicon().items()}
     pool["mixed"] = mixed_pairs(round(TRAIN * KINDS["mixed"][0]), rng, lists["mixed"], new)
     words = rng.permutation([word for words in new.values() for word in words]).tolist()
+    # 100 more than train takes: val and test draw from them too
     pool["list"] = mixed_pairs(round(TRAIN * KINDS["list"][0]) + 100, rng, lists["list"], {"word": words})
     for kind in ("mixed", "list"):
         take(kind)
