@@ -14,13 +14,13 @@ from torch import nn
 from align import allot_positions, search_alignment, shares
 from common import UserError, multiplies_bfloat16, run_cli
 from config import Config, load_config
+from on_cpu import RMSNorm, attend_in_bfloat16, of_few_shapes, widened
 from text_encoder import load_text_encoder, load_tokeniser
 
 TIME_FREQUENCIES = 128
 SECONDS_PER_TOKEN = 0.06  # the duration predictor's initial value: about right for English, where a token is a byte
 NEIGHBOURS = 2  # tokens on either side that a text block sees
 LEAST_TIME = 0.3  # the loss weighs an error of the predicted mel with 1 / t^2, and at smaller times as at this one
-SHAPES = 8  # on a CPU in bfloat16, batches are padded to multiples of so many positions and tokens
 DIAGONAL = 1.0  # weight of the prior towards a straight alignment, which dominates until the model has learned something
 
 
@@ -29,40 +29,6 @@ def multiple_of_32(x: float) -> int:
 
 
 # --- parts of the decoder
-
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """A bfloat16 x in float32 on a CPU, where bfloat16 is fast in products of matrices only; any other x as it is."""
-    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
-
-
-class RMSNormOnCPU(torch.autograd.Function):
-    """RMSNorm without gain of x (…, D) float32, with few passes over memory. It has no second derivative.
-
-    Forward and backward take a third of the time that torch 2.13's own takes on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        y = x * inverse
-        ctx.save_for_backward(y, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, inverse = ctx.saved_tensors
-        return torch.addcmul(grad, y, (grad * y).mean(dim=-1, keepdim=True), value=-1).mul_(inverse), None
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, faster in training on a CPU."""
-
-    def forward(self, x):
-        if not (x.requires_grad and x.device.type == "cpu" and x.dtype == torch.float32):
-            return super().forward(x)
-        y = RMSNormOnCPU.apply(x, torch.finfo(x.dtype).eps)
-        return y if self.weight is None else y * self.weight
-
 
 def rotary(positions: torch.Tensor, head_size: int) -> torch.Tensor:
     """Rotations (B, 1, T, head_size / 2), as complex numbers, of positions (B, T): RoPE (arXiv 2104.09864)."""
@@ -104,13 +70,15 @@ class Attention(nn.Module):
         The weights (B, H, T, S) are appended to `attention_maps` if it is given.
         """
         B, T, D = x.shape
-        q = widened(self.q(x)).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D / H)
-        k, v = widened(self.kv(context)).view(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.qk_norm(q), q_rotation), rotate(self.qk_norm(k), k_rotation)
+        fast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D / H)
+        k, v = self.kv(context).view(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.qk_norm(widened(q)), q_rotation), rotate(self.qk_norm(widened(k)), k_rotation)
         if self.sharpness is not None:
             q = q * self.sharpness.to(q.dtype)
         with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            attend = attend_in_bfloat16 if fast else F.scaled_dot_product_attention
+            y = attend(q, k, v, mask)
             if attention_maps is not None:  # the fused kernel does not return its weights, so compute them a second time
                 scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
                 attention_maps.append(scores.masked_fill(~mask, float("-inf")).softmax(-1))
@@ -244,18 +212,6 @@ def autocast(cfg: Config, device: torch.device):
     """torch's autocast for cfg.dtype: matrix products in bfloat16, or all in float32."""
     fast = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and multiplies_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-def of_few_shapes(batch: dict, patch: int) -> dict:
-    """A batch, padded to multiples of SHAPES positions and tokens, where a CPU multiplies in bfloat16.
-
-    oneDNN, which does that, compiles code for each new shape of matrices.
-    """
-    if batch["mel"].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return batch
-    frames, tokens = -batch["mel"].shape[1] % (patch * SHAPES), -batch["tokens"].shape[1] % SHAPES
-    return batch | {"mel": F.pad(batch["mel"], (0, 0, 0, frames)), "noise": F.pad(batch["noise"], (0, 0, 0, frames)),
-                    "tokens": F.pad(batch["tokens"], (0, tokens))}
 
 
 class TTS(nn.Module):

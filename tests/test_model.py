@@ -17,7 +17,8 @@ from common import UserError
 from config import Config
 from corpus import Corpus
 from data import TrainingSteps
-from model import TTS, Decoder, RMSNorm, decoder_flops_per_frame, load_tts, of_few_shapes, parameter_table, rotary, rotate
+from model import TTS, Decoder, decoder_flops_per_frame, length_mask, load_tts, parameter_table, rotary, rotate
+from on_cpu import RMSNorm, attend_in_bfloat16, of_few_shapes
 from sample import read_texts, sample
 from text_encoder import byte_tokens
 
@@ -297,24 +298,32 @@ def test_the_features_of_a_token_sum_their_gradients_in_float32():
     assert gathers == [torch.float32] * 2  # token_features and token_mel
 
 
-def test_bfloat16_on_a_cpu_multiplies_matrices_only(monkeypatch):
-    """Norms, attention and what the blocks add up stay in float32, where a CPU is faster and exact."""
+def test_bfloat16_on_a_cpu_multiplies_matrices_only():
+    """Norms and what the blocks add up stay in float32, where a CPU is faster and exact."""
     model, batch = small_model(patch=2), batch_of([20, 31, 26], ["a cat", "two dogs", "x"])
-    exact, attend, products, wide = model(batch)["loss"], F.scaled_dot_product_attention, [], []
-
-    def watched(*args, **kwargs):
-        wide.append(attend(*args, **kwargs))
-        return wide[-1]
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    model.decoder.register_forward_pre_hook(lambda module, args: wide.clear())  # the text encoder has attention too
+    exact, products, wide = model(batch)["loss"], [], []
     for block in model.decoder.blocks:
-        block.register_forward_hook(lambda module, args, out: wide.append(out))
-        block.mlp.up.register_forward_hook(lambda module, args, out: products.append(out))
+        for part in (block, block.attn.qk_norm, block.cross.qk_norm):
+            part.register_forward_hook(lambda module, args, out: wide.append(out))
+        for part in (block.attn, block.cross, block.mlp.up):
+            part.register_forward_hook(lambda module, args, out: products.append(out))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(batch)["loss"]
-    assert [x.dtype for x in products] == 2 * [torch.bfloat16]
-    assert [x.dtype for x in wide] == 6 * [torch.float32]  # per block two attentions and its sum
+    assert [x.dtype for x in products] == 6 * [torch.bfloat16]
+    assert [x.dtype for x in wide] == 10 * [torch.float32]  # per block its sum, and queries and keys of two attentions
     assert loss.item() == pytest.approx(exact.item(), rel=0.01) and loss.item() != exact.item()
+
+
+def test_attention_in_bfloat16_is_attention():
+    q, k, v, weight = (torch.randn(3, 2, n, 16, requires_grad=True) for n in (7, 5, 5, 7))
+    mask = length_mask(torch.tensor([5, 3, 1]), 5)[:, None, None]
+    found, expected = (attend(q, k, v, mask) for attend in (attend_in_bfloat16, F.scaled_dot_product_attention))
+    assert found.dtype == torch.bfloat16
+    for ours, exact in zip((found, *torch.autograd.grad((found * weight).sum(), (q, k, v))),
+                           (expected, *torch.autograd.grad((expected * weight).sum(), (q, k, v)))):
+        assert (ours - exact).norm() < 0.01 * exact.norm()
+    unseen = torch.where(mask.mT, 0.0, 9.0)
+    assert torch.equal(attend_in_bfloat16(q, k + unseen, v + unseen, mask), found)
 
 
 def test_few_shapes_of_batches_in_bfloat16_and_the_same_loss():
