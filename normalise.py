@@ -23,8 +23,12 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 MONTHS = "January February March April May June July August September October November December".split()
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 # One currency unit, several, one hundredth, several
-MONEY = {"$": "dollar dollars cent cents", "£": "pound pounds penny pence", "€": "euro euros cent cents",
+MONEY = {"$": "dollar dollars cent cents", "US$": "US_dollar US_dollars cent cents",
+         "C$": "Canadian_dollar Canadian_dollars cent cents", "A$": "Australian_dollar Australian_dollars cent cents",
+         "NZ$": "New_Zealand_dollar New_Zealand_dollars cent cents", "HK$": "Hong_Kong_dollar Hong_Kong_dollars cent cents",
+         "£": "pound pounds penny pence", "€": "euro euros cent cents",
          "¥": "yen yen sen sen", "₹": "rupee rupees paisa paise"}
+SIGNS = "$£€¥₹"
 CODES = {"USD": "$", "GBP": "£", "EUR": "€", "JPY": "¥", "INR": "₹"}
 SCALES = {"k": "thousand", "K": "thousand", "m": "million", "M": "million", "mn": "million", "bn": "billion", "B": "billion",
           "b": "billion", "tn": "trillion", "T": "trillion"}
@@ -57,20 +61,26 @@ BEFORE_NUMBERS = {"No": "number", "no": "number", "Nos": "numbers", "nos": "numb
                   "pp": "pages", "p": "page", "Fig": "figure", "fig": "figure", "Ch": "chapter", "ch": "chapter",
                   "Sec": "section", "sec": "section", "Apt": "apartment", "apt": "apartment", "ext": "extension"}
 # Words in capitals that are no acronyms, among those short enough to look like one
-SHORT_WORDS = set("am an and any are as ask at bad be big bus but buy by bye can car cat cry cut dad day did die do dog "
-                  "don eat end far few fix fly for fun get go got had has he her hey him his hi hot how if in is it its "
-                  "jam job joy key let lie lot low mad man may me men mom mum my new no nor not now of off oh old on "
-                  "one or our out own pay put red run sad said saw say see set she sir sit six so son stop sun ten the "
-                  "they this to top try two up use war was way we who why win with yes yet you your ok".split())
+SHORT_WORDS = set("act add age ago aim air all am an and any are arm art as ask at ate bad bag bar bat be bed bet big bit "
+                  "box boy bug bus but buy by bye can cap car cat cow cry cup cut dad day did die dig do dog don dot due "
+                  "ear eat egg end era eye fan far fat fee few fit fix fly fog for fun fur gap gas get go got gun guy had "
+                  "has hat he her hey hi hid him his hit hot how hug ice if ill in ink inn is it its jam jar jet job joy "
+                  "key kid lab law lay leg let lid lie lip log lot low mad man may me men mix mom mud mum my net new no nod "
+                  "nor not now nut odd of off oh oil ok old on one or our out owe own pan pay pen pet pie pig pit pop pot "
+                  "put raw ray red rib rid rob rod row rub rug run sad said saw say sea see set she sir sit six sky so son "
+                  "stop sum sun tag tap tax tea ten the they this tie tin tip to toe ton too top toy try two up use war was "
+                  "way we wet who why win with won yes yet you your zip zoo".split())
 SAID_AS_WORDS = set("nasa nato aids gif ram rom pin sim opec fifa unesco unicef covid laser radar".split())
 SPELLED = set("ymca yaml aarp asap ieee iphone api usa usb url uae eu uk us un id ai io ui ip ac".split())
-# Words in capitals at the start of a sentence that stand before a saint or a doctor, and not before a street's "St."
-BEFORE_SAINTS = set("In At To From Near Visit Is Was And But Or Of On By With For As Dear Ask Call See Meet Thanks".split())
+# Words with a capital that stand before a saint, and not before a street's "St."
+BEFORE_SAINTS = set("Mount Fort Port Lake Cape In At To From Near Visit Is Was And But Or Of On By With For As Dear Ask "
+                    "Call See Meet Thanks".split())
 LETTER_FOLLOWS = ("plan|vitamin|type|grade|option|section|group|letter|class|exhibit|gate|platform|part|point|row|team|unit|"
                   "appendix|answer|drive|block|size|note|hepatitis|apartment|building|terminal|zone|line|model")
 TOP_LEVEL = "com org net edu gov io co uk de fr eu us info dev ai tv me ca au nl ch app".split()
 SOME_MONTH = "(" + "|".join(f"{m}|{m[:3]}\\.?" for m in MONTHS).replace("Sep\\.?", "Sept?\\.?") + ")"
 AMOUNT = r"([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)"
+SENTENCE_BEGINS = r"(?:Then|The|He|She|It|We|They|I|But|And|You|This|That)\b"
 MONARCHS = "Henry|Edward|George|Louis|Charles|William|Elizabeth|James|Richard|John|Paul|Pius|Philip|Napoleon|Frederick"
 
 
@@ -170,7 +180,7 @@ def money(m: re.Match) -> str:
     one, several, cent, cents = MONEY[m[1]].split()
     whole, _, part = m[2].partition(".")
     if m[3]:
-        return f"{cardinal(m[2])} {SCALES.get(m[3], m[3].lower())} {several}"
+        return f"{cardinal(m[2])} {SCALES.get(m[3], m[3].lower())} {several}".replace("_", " ")
     if len(part) != 2:
         return count(m[2], f"{one} {several}")
     parts = [count(whole, f"{one} {several}")] if whole.strip("0,") or not int(part) else []
@@ -191,7 +201,7 @@ def clock(m: re.Match) -> str:
     return words + (f" {spell(half[0])} em" if half else "") + full_stop(m, rf"(?!{'|'.join(WEEKDAYS + MONTHS)})[A-Z][a-z]")
 
 
-def full_stop(m: re.Match, next_sentence: str = r"(?:Then|The|He|She|It|We|They|I|But|And|You|This|That)\b") -> str:
+def full_stop(m: re.Match, next_sentence: str = SENTENCE_BEGINS) -> str:
     """The full stop of an abbreviation, if a sentence ends with it."""
     ends = re.match(rf"[\"'”’)\s]*$|\s+{next_sentence}", m.string[m.end():])
     return "." if m[0].endswith(".") and ends else ""
@@ -213,6 +223,8 @@ def numeric_date(m: re.Match) -> str:
 
 
 def decade(m: re.Match) -> str:
+    if m[1] == "20" and m[2] == "0":
+        return "two thousands"
     tens = cardinal(m[2] + "0").removesuffix("y") + "ies" if m[2] not in "01" else {"0": "hundreds", "1": "tens"}[m[2]]
     return f"{cardinal(m[1])} {tens}" if m[1] else tens
 
@@ -224,8 +236,9 @@ def fraction(m: re.Match) -> str:
     if under not in FRACTIONS or not 0 < over < under:
         return f"{whole or ''}{cardinal(m[2])} over {cardinal(m[3])}"
     one, several = FRACTIONS[under].split()
-    part = f"{cardinal(m[2])} {one if over == 1 else several}"
-    return f"{cardinal(whole.strip())} and {part.replace('one ', 'a ')}" if whole else part
+    article = "one" if not whole else "an" if one == "eighth" else "a"
+    part = f"{cardinal(m[2])} {several}" if over > 1 else f"{article} {one}"
+    return f"{cardinal(whole.strip())} and {part}" if whole else part
 
 
 def roman(m: re.Match) -> str:
@@ -241,13 +254,17 @@ def mixed(m: re.Match) -> str:
 
 
 def street_or_saint(m: re.Match) -> str:
-    names = {"St": ("Saint", "Street"), "Dr": ("Doctor", "Drive")}[m[2]]
-    street = m[1] and (m[1].strip() not in BEFORE_SAINTS or not re.match(r"\s+[A-Z]", m.string[m.end():]))
+    """A street after a word with a capital. But before another such word, "Dr." is a doctor."""
+    names, rest = {"St": ("Saint", "Street"), "Dr": ("Doctor", "Drive")}[m[2]], m.string[m.end():]
+    before_name = re.match(rf"\s+(?!{SENTENCE_BEGINS})[A-Z]", rest)
+    street = m[1] and not (before_name and (m[2] == "Dr" or m[1].strip() in BEFORE_SAINTS))
     return (m[1] or "") + (names[1] + full_stop(m, "[A-Z]") if street else names[0])
 
 
 def telephone(m: re.Match) -> str:
     groups = re.findall("[0-9]+", m[0])
+    if len("".join(groups)) < 7 or re.fullmatch("[0-9](00|50)-[0-9]{2}00", m[0]):  # +10000; 500-1000 words
+        return m[0]
     return ("plus " if m[0].startswith("+") else "") + ", ".join(map(digit_by_digit, groups))
 
 
@@ -256,8 +273,9 @@ RULES: list[tuple[str, str | Callable]] = [
     (r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", address),
     (r"\b(?:https?://|www\.)[^\s,;!?\"'()<>]*[^\s,;.:!?\"'()<>]", address),
     (rf"\b(?:[A-Za-z0-9-]+\.)+(?:{'|'.join(TOP_LEVEL)})\b(?:/[^\s,;!?\"'()<>]*[^\s,;.:!?\"'()<>])?(?![\w@])", address),
-    (r"(?<![\w.,-])(?:\+[0-9]{1,3}[ -]?|1-)?(?:\([0-9]{3}\) ?|[0-9]{3}[ .-])?[0-9]{3}[ .-][0-9]{4}(?![\w-]|[.,][0-9])",
-     telephone),
+    (r"(?<![\w.])\.(?=[0-9])", "0."),
+    (rf"(?<![\w.,{SIGNS}-])(?:\+[0-9]{{1,3}}[ -]?|1-)?(?:\([0-9]{{3}}\) ?|[0-9]{{3}}[ .-])?[0-9]{{3}}[ .-][0-9]{{4}}"
+     r"(?![\w-]|[.,][0-9])", telephone),
     (r"\+[0-9]{1,3}(?:[ -]?[0-9]{2,4}){2,4}(?!\w)", telephone),
     (r"(?i)\b((?:zip|code|pin|account|extension)(?: code| number)?(?: is)?) ([0-9]{3,})\b",
      lambda m: f"{m[1]} {digit_by_digit(m[2])}"),
@@ -281,12 +299,14 @@ RULES: list[tuple[str, str | Callable]] = [
     (r"\b([0-9]{1,2})()() ?([AaPp])\.?[Mm]\b\.?", clock),
     (r"(?<!\w)['’]?(1[0-9]|20)?([0-9])0['’]?s\b", decade),
     # money and units
-    (r"(?<=[0-9%]) ?[-–] ?(?=[$£€¥₹]?[0-9])", " to "),
+    (r"(?<=[0-9]) - (?=[0-9.,]+ ?=)", " minus "),
+    (rf"(?<=[0-9%]) ?[-–] ?(?=[{SIGNS}]?[0-9])", " to "),
     (rf"\b({'|'.join(CODES)}) ?{AMOUNT}", lambda m: CODES[m[1]] + m[2]),
     (rf"(?<![\w.]){AMOUNT} ?({'|'.join(CODES)})\b", lambda m: CODES[m[2]] + m[1]),
-    (rf"(?<!\w)-(?=[$£€¥₹][0-9])|(?<![\w)])[-−](?={AMOUNT})", "minus "),
+    (rf"(?<!\w)-(?=[{SIGNS}][0-9])|(?<![\w)])[-−](?={AMOUNT})", "minus "),
     (rf"\b([Aa]n? )\$({AMOUNT})(?= [a-z])", lambda m: f"{m[1]}{cardinal(m[2])} dollar"),  # a $100 bill
-    (rf"([$£€¥₹]) ?{AMOUNT}(?: ?(thousand|million|billion|trillion|k|K|mn|m|M|bn|b|B|tn|T)\b)?", money),
+    (rf"((?<!\w)(?:US|C|A|NZ|HK)\$|[{SIGNS}]) ?{AMOUNT}(?: ?(thousand|million|billion|trillion|k|K|mn|m|M|bn|b|B|tn|T)\b)?",
+     money),
     (rf"(?<![\w.]){AMOUNT}¢", lambda m: count(m[1], "cent cents")),
     (r"(?<![\w/.])([0-9]+ )?([0-9]{1,3})/([0-9]{1,3})(?![\w/])", fraction),
     (r"(?<!\w)([0-9]+)(?:['’]([0-9]{1,2})(?!\w)[\"”]?|(?: ?ft\.? )([0-9]{1,2})(?:\"|”| ?in\b))",
@@ -306,7 +326,7 @@ RULES: list[tuple[str, str | Callable]] = [
     (r"\b([0-9]+(?:\.[0-9]+){2,})\b", lambda m: " point ".join(map(cardinal, m[1].split(".")))),
     (r"\b(?:[A-Za-z]+[0-9]+|[0-9]+[A-Za-z]+)(?:[A-Za-z0-9])*\b", mixed),
     (r"(?<=[0-9]) ?[x×*] ?(?=[0-9])", " times "),
-    (r"(?<=[0-9]) ?\+ ?(?=[0-9])", " plus "),
+    (r"(?<=[0-9]) ?\+ ?(?=[0-9])|(?<![\w)])\+(?=[0-9])", " plus "),
     (r"(?<=[0-9]) ?÷ ?(?=[0-9])", " divided by "),
     (r"(?<![\w.,])(1[1-9][0-9]{2}|20[0-9]{2})(?!\w|[.,][0-9])", lambda m: year(m[1])),
     (r"(?<=[A-Za-z])[-–](?=[0-9])", " "),

@@ -37,12 +37,16 @@ CASES = {
         Open 24/7. -> Open twenty-four seven.
         Version 1.2.3, v2.0 -> Version one point two point three, version two point zero
         He won 3-1. -> He won three to one.
+        5 - 3 = 2, write 500-1000 words -> Five minus three equals two, write five hundred to one thousand words
+        The 2000s, .5 kg, +10000 -> The two thousands, zero point five kilograms, plus ten thousand
+        Add 2 1/8 and 2 21/100. -> Add two and an eighth and two and twenty-one hundredths.
         Area: 5 m², ٣ cats. -> Area: five square meters, three cats.""",
     "money": """
         It costs $45.50. -> It costs forty-five dollars and fifty cents.
         £20 and €1 -> Twenty pounds and one euro
         $1.2 million was lost. -> One point two million dollars was lost.
         It was $0.99, not $1.00! -> It was ninety-nine cents, not one dollar!
+        US$50, A$3 million, $.50 -> Fifty you ess dollars, three million Australian dollars, fifty cents
         Pay 20 USD or $3bn. -> Pay twenty dollars or three billion dollars.
         It costs $10-20, or $5/month. -> It costs ten dollars to twenty, or five dollars per month.""",
     "times and dates": """
@@ -64,6 +68,7 @@ CASES = {
         -5°C, 1 kg, 50% -> Minus five degrees Celsius, one kilogram, fifty percent""",
     "abbreviations": """
         Dr. Smith lives at 221B Baker St. -> Doctor Smith lives at two twenty-one bee Baker Street.
+        Hello Dr. Smith, I like Elm Dr. He saw Mount St. Helens. -> Hello Doctor Smith, I like Elm Drive. He saw Mount Saint Helens.
         Mr. and Mrs. Jones met St. John. -> Mister and Missus Jones met Saint John.
         Cats vs. dogs, e.g. Tom & co., etc. -> Cats versus dogs, for example Tom and co., et cetera.
         See p. 5, No. 7 and #8. No. -> See page five, number seven and number eight. No.
@@ -74,6 +79,7 @@ CASES = {
         MP3, 4G and COVID-19 -> Em pee three, four gee and COVID nineteen
         WARNING: DO NOT ENTER ROOM 5, I SAID -> Warning: do not enter room five, I said
         I did NOT say so. -> I did not say so.
+        I ate it ALL, TOO. -> I ate it all, too.
         A -> Ay
         W? -> Double you?
         7 -> Seven
