@@ -163,6 +163,10 @@ def train_on_voice(ckpt: str, recordings: Path | None = None) -> Path:
         train_on_recordings(cfg.data_dir, cfg, recordings)
     ids = {corpus.ids[i]: int(i) for i in training_rows(corpus, cfg, model.tokenise)}
     found = read_recordings(recordings or corpus.dir / RECORDINGS, list(ids), cfg)
+    for utt_id, recording in found.items():
+        if (frames := len(recording.log_mel)) != (expected := int(corpus.frames[ids[utt_id]])):
+            raise UserError(f"{utt_id}.wav has {frames} frames, expected {expected} as in {corpus.dir}, which was made from "
+                            "another recording or a trimmed one; leave --recordings out, or name the folder of those")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         own = own_log_mels(model, corpus, [ids[i] for i in found], cfg.seed)

@@ -1,5 +1,6 @@
 """Training the learned vocoder on a corpus's recordings and on a voice's own log-mels."""
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -75,6 +76,11 @@ def test_a_voice_gets_a_vocoder_of_its_own(corpus, monkeypatch, tmp_path):
     found = train_vocoder.train_on_voice(str(path))
     assert found == path.parent / vocoder.LEARNED and found.read_bytes() != (corpus / vocoder.LEARNED).read_bytes()
     assert vocoder.find_learned(Config(out_dir=str(path.parent), data_dir=str(corpus))) == found
+    shutil.copytree(corpus / RECORDINGS, tmp_path / "raw")  # the corpus's log-mels are cut at other frames than these
+    wav = audio.read_wav(str(tmp_path / "raw" / "u3.wav"), 22050)
+    audio.write_wav(tmp_path / "raw" / "u3.wav", np.concatenate([np.zeros(2560, np.float32), wav]), 22050)
+    with pytest.raises(UserError, match=r"u3.wav has \d+ frames, expected \d+ as in .*leave --recordings out"):
+        train_vocoder.train_on_voice(str(path), tmp_path / "raw")
 
 
 def test_a_voices_own_log_mels_keep_their_frames(corpus):
