@@ -249,13 +249,18 @@ def evaluate_run(model: TTS, cfg: Config, prompts: list, step: int, train_second
         rates = {f"eval/{name}": summary[name] for name in names if summary[name] is not None}
         if "eval/cer" in rates and summary["cer"] <= metrics.best("eval/cer"):
             metrics.attempt("best.pt", link_checkpoint, numbered, out / "best.pt")
-        others = {f"eval/{name}": summary[name] for name in ("alignment_score", *measures.SOUND_NAMES)
-                  if summary[name] is not None}
+        others = {f"eval/{name}": summary[name] for name in measures.OTHER_NAMES if summary[name] is not None}
         metrics.log(step, rates | others | {"time/train_sec": train_seconds, "time/eval_sec": summary["total_seconds"]})
         metrics.media(step, folder)
         metrics.attempt("the listening page", write_run_page, out)
         shown = ", ".join(f"{name[5:].replace('_', ' ').upper()} {rate:.2%}" for name, rate in rates.items())
         tell(f"step {step}: {shown or 'evaluated'} after {train_seconds / 60:.1f} min of training")
+
+
+def evaluation_folder(ckpt: str, name: str) -> Path:
+    """Where an evaluation of a voice goes by default: into its run's folder, but not into an exported voice."""
+    exported = os.path.isdir(ckpt)
+    return (Path(".artifacts/local", Path(ckpt).resolve().name) if exported else Path(ckpt).parent) / "eval" / name
 
 
 def judge_recordings(cfg: Config, folder: str, device) -> dict:
@@ -332,7 +337,7 @@ def main(argv: list[str]) -> None:
     model, ckpt = load_checkpoint(path, device)
     cfg = model.cfg = from_flags(flags, base=dataclasses.asdict(model.cfg))
     cfg.eval_judge = choose_judge(cfg, device)
-    out = Path(out_dir or Path(cfg.out_dir) / "eval" / f"manual_{ckpt['step']:08d}")
+    out = Path(out_dir or evaluation_folder(path, f"manual_{ckpt['step']:08d}"))
     prompts = load_prompts(cfg, model.tokenise, characters=ckpt.get("characters", ""))
     if missing := voice.missing_packages():
         tell(missing)

@@ -30,6 +30,7 @@ PANELS = {"loss": ["train/loss"], "flow loss": ["train/flow_loss", "val/flow_los
           "duration loss": ["train/duration_loss", "val/duration_loss"],
           "share loss": ["train/share_loss", "val/share_loss"], "alignment loss": ["train/alignment_loss"],
           "alignment score": ["eval/alignment_score"], "error rates": ["eval/cer", "eval/wer"],
+          "mel-cepstral distortion": ["eval/mcd"], "duration error": ["eval/duration_error"],
           "DNSMOS": ["eval/dnsmos", "eval/dnsmos_overall"], "likeness": ["eval/likeness"],
           "F0 spread, semitones": ["eval/f0_spread"], "F0 correlation": ["eval/f0_correlation"],
           "learning rate": ["optim/lr"], "gradient norm": ["optim/grad_norm"], "seconds per step": ["time/step_sec"]}

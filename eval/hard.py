@@ -17,7 +17,7 @@ from common import UserError, pick_device, run_cli, write_file
 from config import from_flags, split_flags
 from distributed import Ranks
 from eval.judge import choose_judge
-from evaluator import evaluate, file_prompt
+from evaluator import evaluate, evaluation_folder, file_prompt
 from normalise import LETTERS, fold, write_out
 
 ALONE = ("letter", "digit", "word")
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         raise UserError("eval_judge = 'none': there is no judge for the lines; expected whisper or ctc")
     cfg.normalise &= not as_written
     prompts = [file_prompt(text, cfg, ckpt.get("characters", "")) for _, text, _ in rows]
-    out = Path(out or Path(cfg.out_dir) / "eval" / "hard")
+    out = Path(out or evaluation_folder(path, "hard"))
     evaluate(model, cfg, prompts, out, Ranks(0, 1, device), ckpt["step"], path)
     table, counts = ["| group | text | spoken | heard | all words |", "|---|---|---|---|---|"], {}
     for (group, text, words), line in zip(rows, (out / "wer.jsonl").read_text(encoding="utf-8").splitlines()):

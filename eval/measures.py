@@ -6,6 +6,7 @@ SOUND = {"dnsmos": ("DNSMOS, P.808", "{:.2f}"), "dnsmos_overall": ("DNSMOS, over
          "likeness": ("likeness", "{:.3f}"), "f0_mean": ("F0, Hz", "{:.0f}"),
          "f0_spread": ("F0 spread, semitones", "{:.2f}"), "f0_correlation": ("F0 correlation", "{:.2f}")}  # of voice.py
 SOUND_NAMES = [kind + name for kind in KINDS for name in SOUND]
+OTHER_NAMES = ["alignment_score", "mcd", "duration_error", "duration_bias", "speaking_rate", *SOUND_NAMES]  # no error rates
 
 
 def alignment_scores(attention_maps: np.ndarray) -> np.ndarray:

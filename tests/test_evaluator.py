@@ -108,6 +108,11 @@ def test_files_and_figures_of_an_evaluation(model, tmp_path):
     assert {"f0_mean", "f0_spread", "recording_f0_mean"} <= saved.keys() and "embedding" not in rows[0]
 
 
+def test_an_evaluation_leaves_an_exported_voice_as_it_is(tmp_path):
+    assert evaluator.evaluation_folder(str(tmp_path / "latest.pt"), "hard") == tmp_path / "eval" / "hard"
+    assert evaluator.evaluation_folder(str(ROOT / "voices" / "joe"), "hard") == Path(".artifacts/local/joe/eval/hard")
+
+
 @pytest.mark.slow
 def test_sound_is_measured_on_the_first_prompts_only(model, tmp_path, monkeypatch):
     """Speech that is a copy of its recording's log-mel has the copy's pitch, which correlates with itself."""

@@ -301,11 +301,12 @@ def test_an_exported_folder_speaks_as_its_checkpoint_does(model, averaged_checkp
 @pytest.mark.slow
 def test_the_evaluator_takes_an_exported_folder(averaged_checkpoint, tmp_path):
     export(load_checkpoint(str(averaged_checkpoint), "cpu")[0], 3, str(tmp_path / "voice"))
-    for source, folder in ((tmp_path / "voice", tmp_path / "voice"), (averaged_checkpoint, averaged_checkpoint.parent)):
+    folders = tmp_path / "of_voice", tmp_path / "of_run"
+    for source, folder in zip((tmp_path / "voice", averaged_checkpoint), folders):
         evaluator.main(["--ckpt", str(source), "--prompts", str(ROOT / "eval" / "prompts.txt"), "--num", "1", "--eval_steps", "1",
-                        "--eval_judge", "none", "--eval_vocoder", "griffinlim", "--device", "cpu"])
-        assert json.loads((folder / "eval" / "manual_00000003" / "summary.json").read_text())["step"] == 3
-    a, b = (soundfile.read(folder / "eval" / "manual_00000003" / "000000.wav")[0] for folder in (tmp_path / "voice", averaged_checkpoint.parent))
+                        "--eval_judge", "none", "--eval_vocoder", "griffinlim", "--device", "cpu", "--out_dir", str(folder)])
+        assert json.loads((folder / "summary.json").read_text())["step"] == 3
+    a, b = (soundfile.read(folder / "000000.wav")[0] for folder in folders)
     assert np.corrcoef(a, b)[0, 1] > 0.9  # half precision
 
 
