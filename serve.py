@@ -36,7 +36,7 @@ def build_page(gr, model, vocode, steps: int, cfg_scale: float, temperature: flo
         return (cfg.sample_rate, wav), Image.open(io.BytesIO(mel_png(np.concatenate(mels), cfg)))
 
     inputs = [gr.Textbox(label="Text", lines=5, autofocus=True, max_length=5000),
-              gr.Slider(1, 100, steps, step=1, label="Steps", info="more are slower and finer"),
+              gr.Slider(1, 100, steps, step=1, label="Steps", info="more take longer"),
               gr.Slider(0, 6, cfg_scale, step=0.1, label="Guidance", info="1 is none; more keeps closer to the text"),
               gr.Slider(0, 1.5, temperature, step=0.05, label="Temperature", info="less is cleaner and less varied"),
               gr.Slider(0.5, 2, 1, step=0.05, label="Speed"),
