@@ -161,11 +161,10 @@ def voice():
     return prepare.default_voice()
 
 
-def test_an_english_voice_reads_what_its_listener_is_taught(tmp_path):
-    (tmp_path / "lines.txt").write_text("It costs $5.\nHello.\nDr. No.\n")
-    assert {(a, b) for _, a, b in prepare.read_lines(str(tmp_path / "lines.txt"), True)} == {
-        ("It costs $5.", "It costs five dollars."), ("Hello.", "Hello."), ("Dr. No.", "Doctor No.")}
-    assert all(a == b for _, a, b in prepare.read_lines(str(tmp_path / "lines.txt"), False))
+def test_an_english_voice_reads_what_its_listener_is_taught():
+    lines = [("train", "It costs $5."), ("val", "Dr. No.")]
+    assert prepare.spoken_lines(lines, "en-us") == [("train", "It costs $5.", "It costs five dollars."), ("val", "Dr. No.", "Doctor No.")]
+    assert prepare.spoken_lines(lines, "it") == [(split, text, text) for split, text in lines]
 
 
 def test_broken_voices_are_refused(voice, tmp_path):

@@ -122,11 +122,8 @@ def voice_name(path: str) -> str:
     return parts[1] if len(parts) == 3 else Path(path).stem
 
 
-def read_lines(path: str, english: bool) -> list[tuple[str, str, str]]:
-    """The distinct lines of a text file as (split, written, spoken). Raises UserError.
-
-    An English voice is given the words that its listener will be taught, because espeak-ng reads "$5" or "St." otherwise.
-    """
+def read_lines(path: str) -> list[tuple[str, str]]:
+    """The distinct lines of a text file as (split, text). Raises UserError."""
     try:
         lines = [" ".join(line.split()) for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
@@ -138,7 +135,15 @@ def read_lines(path: str, english: bool) -> list[tuple[str, str, str]]:
         raise UserError(f"--text {path}: {barred[0]!r:.60} contains a bar, which separates fields in LJSpeech's layout; "
                         "remove it")
     splits = hash_splits(texts, val=VAL, test=TEST)
-    return [(splits[text], text, as_spoken(text) if english else text) for text in texts]
+    return [(splits[text], text) for text in texts]
+
+
+def spoken_lines(lines: list[tuple[str, str]], language: str) -> list[tuple[str, str, str]]:
+    """Lines as (split, written, spoken).
+
+    An English voice is given the words that its listener will be taught, because espeak-ng reads "$5" or "St." otherwise.
+    """
+    return [(split, text, as_spoken(text) if language.startswith("en") else text) for split, text in lines]
 
 
 def keep_folder(folder: Path, force: bool) -> Path:
@@ -175,10 +180,10 @@ def main(argv: list[str]) -> None:
     refuse_existing(args.out, args.force)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: expected 0 or more")
+    given = read_lines(args.text) if args.text else None
     voice = args.voice or default_voice()
     _, piper = load_voice(voice)  # so that a mistake is one error here, and not one in each process
-    english = piper.config.espeak_voice.startswith("en")
-    lines = read_lines(args.text, english) if args.text else everyday_lines(args.seed)
+    lines = spoken_lines(given, piper.config.espeak_voice) if given else everyday_lines(args.seed)
     ids = [f"{voice_name(voice)}_{n:05d}" for n in range(len(lines))]
     # with the seed and the voice, so that the shards of another one are not resumed
     job = f"{args.seed} {hashlib.md5(Path(voice).read_bytes()).hexdigest()}"
