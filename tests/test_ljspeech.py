@@ -417,7 +417,7 @@ def test_job_logs_what_the_design_says(job):
     assert steps_with("train/loss", "train/flow_loss", "train/duration_loss", "train/share_loss", "train/alignment_loss", "optim/lr", "optim/grad_norm", "time/step_sec",
                       "perf/frames_per_sec") == [1, 2, 3, 4]
     assert steps_with("val/flow_loss") == [2, 4]
-    assert steps_with("eval/wer", "eval/cer") == [4]
+    assert steps_with("eval/wer", "eval/cer", "eval/duration_error", "eval/speaking_rate") == [4]
     assert all(np.isfinite(v) for row in rows for v in row.values())
     assert list((job["run"] / "wandb").glob("offline-run-*")), job["stderr"]
     assert "warning" not in job["stderr"], job["stderr"]
