@@ -254,7 +254,7 @@ def mixed(m: re.Match) -> str:
 
 
 def street_or_saint(m: re.Match) -> str:
-    """A street after a word with a capital. But before another such word, "Dr." is a doctor."""
+    """A street or drive after a word with a capital, unless a name follows a doctor, or a saint's after BEFORE_SAINTS."""
     names, rest = {"St": ("Saint", "Street"), "Dr": ("Doctor", "Drive")}[m[2]], m.string[m.end():]
     before_name = re.match(rf"\s+(?!{SENTENCE_BEGINS})[A-Z]", rest)
     street = m[1] and not (before_name and (m[2] == "Dr" or m[1].strip() in BEFORE_SAINTS))
@@ -305,6 +305,7 @@ RULES: list[tuple[str, str | Callable]] = [
     (rf"(?<![\w.]){AMOUNT} ?({'|'.join(CODES)})\b", lambda m: CODES[m[2]] + m[1]),
     (rf"(?<!\w)-(?=[{SIGNS}][0-9])|(?<![\w)])[-−](?={AMOUNT})", "minus "),
     (rf"\b([Aa]n? )\$({AMOUNT})(?= [a-z])", lambda m: f"{m[1]}{cardinal(m[2])} dollar"),  # a $100 bill
+    (r"\b(?:CA|AU)(?=\$)", lambda m: m[0][0]),
     (rf"((?<!\w)(?:US|C|A|NZ|HK)\$|[{SIGNS}]) ?{AMOUNT}(?: ?(thousand|million|billion|trillion|k|K|mn|m|M|bn|b|B|tn|T)\b)?",
      money),
     (rf"(?<![\w.]){AMOUNT}¢", lambda m: count(m[1], "cent cents")),
@@ -336,14 +337,15 @@ RULES: list[tuple[str, str | Callable]] = [
     (rf"\b({'|'.join(map(re.escape, ABBREVIATIONS))})\.(?!\w)", lambda m: ABBREVIATIONS[m[1]] + full_stop(m)),
     (r"\b(?:[A-Za-z]\.){2,}(?!\w)", lambda m: spell(m[0]) + full_stop(m)),
     (r"\b(A)\. (?=[A-Z]\. )|\b([B-HJ-Z])\. (?=[A-Z])", lambda m: spell(m[1] or m[2]) + " "),
+    ("²", " squared"), ("³", " cubed"),
     (r"\bw/o\b", "without"), (r"\bw/(?=\s|\w)", "with "),
     (r"\b([A-Z][a-z]+) ([IVX]{2,5}|V)\b", roman),
     (rf"(?i)\b((?:{LETTER_FOLLOWS})) ((?-i:A))\b(?! )", lambda m: f"{m[1]} ay"),
     (r"\b(an?) A\b(?= ?[.,;!?]|$)", lambda m: f"{m[1]} ay"),
     (r"(?<![\w'’.])([B-HJ-NP-Zb-hj-np-z])(?=-[a-z]{2}|(?![\w'’-]))", lambda m: spell(m[1])),
-    ("²", " squared"), ("³", " cubed"), (r" ?& ?", " and "),
+    (r" ?& ?", " and "),
     (r" ?@ ?", " at "), (r" ?= ?", " equals "), (r"%", " percent"), (r"(?<=\w) \+ (?=\w)", " plus "),
-    (r" +(?:-{1,3}|–) +| ?-{2,3} ?", ", "),
+    (r"(?: +(?:-{1,3}|–))+ +| ?-{2,3} ?", ", "),
 ]
 PATTERNS = [(re.compile(pattern), becomes) for pattern, becomes in RULES]
 ACRONYM = re.compile(r"\b([A-Z]{2,})((?<=[A-Z])['’]?s)?\b(?!['’][A-Z])")

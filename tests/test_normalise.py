@@ -40,6 +40,7 @@ CASES = {
         5 - 3 = 2, write 500-1000 words -> Five minus three equals two, write five hundred to one thousand words
         The 2000s, .5 kg, +10000 -> The two thousands, zero point five kilograms, plus ten thousand
         Add 2 1/8 and 2 21/100. -> Add two and an eighth and two and twenty-one hundredths.
+        An m² - - yes. -> An em squared, yes.
         Area: 5 m², ٣ cats. -> Area: five square meters, three cats.""",
     "money": """
         It costs $45.50. -> It costs forty-five dollars and fifty cents.
@@ -47,6 +48,7 @@ CASES = {
         $1.2 million was lost. -> One point two million dollars was lost.
         It was $0.99, not $1.00! -> It was ninety-nine cents, not one dollar!
         US$50, A$3 million, $.50 -> Fifty you ess dollars, three million Australian dollars, fifty cents
+        AU$2 and CA$1 -> Two Australian dollars and one Canadian dollar
         Pay 20 USD or $3bn. -> Pay twenty dollars or three billion dollars.
         It costs $10-20, or $5/month. -> It costs ten dollars to twenty, or five dollars per month.""",
     "times and dates": """
