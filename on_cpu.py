@@ -1,7 +1,7 @@
 """What makes the model fast on a CPU: norms with few passes over memory, and attention and batches for bfloat16.
 
-Only the products of matrices are in bfloat16. Norms and sums stay in float32, where a CPU is faster and exact. What it all
-gains is in docs/costs.md.
+Products of matrices and the softmax of attention are in bfloat16. Norms and sums stay in float32, where a CPU is faster and
+exact. What it all gains is in docs/costs.md.
 """
 import torch
 import torch.nn.functional as F

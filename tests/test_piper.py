@@ -29,7 +29,7 @@ spec.loader.exec_module(prepare)
 
 def test_numbers_are_said_as_people_say_them():
     rng = np.random.default_rng(0)
-    for slot in ("room", "year", "address"):  # as their listener is taught
+    for slot in ("room", "year", "address"):  # in the words that the model learns from
         pairs = [everyday.number(slot, rng, everyday.word_lists()) for _ in range(400)]
         frame = {"room": "Room {}.", "year": "It was {}.", "address": "At {} now."}[slot]
         assert all(write_out(frame.format(a)).lower() == frame.format(b).lower() for a, b in pairs)
@@ -161,7 +161,7 @@ def voice():
     return prepare.default_voice()
 
 
-def test_an_english_voice_reads_what_its_listener_is_taught():
+def test_an_english_voice_reads_the_words_that_the_model_learns_from():
     lines = [("train", "It costs $5."), ("val", "Dr. No.")]
     assert prepare.spoken_lines(lines, "en-us") == [("train", "It costs $5.", "It costs five dollars."), ("val", "Dr. No.", "Doctor No.")]
     assert prepare.spoken_lines(lines, "it") == [(split, text, text) for split, text in lines]

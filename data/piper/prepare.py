@@ -141,7 +141,7 @@ def read_lines(path: str) -> list[tuple[str, str]]:
 def spoken_lines(lines: list[tuple[str, str]], language: str) -> list[tuple[str, str, str]]:
     """Lines as (split, written, spoken).
 
-    An English voice is given the words that its listener will be taught, because espeak-ng reads "$5" or "St." otherwise.
+    An English voice reads the words that the model will learn from, because espeak-ng reads "$5" or "St." otherwise.
     """
     return [(split, text, as_spoken(text) if language.startswith("en") else text) for split, text in lines]
 
